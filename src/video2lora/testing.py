@@ -1,7 +1,8 @@
-"""Tiny random vision-language models and a tiny video, for tests and demos: nothing is downloaded, everything follows from a seed.
+"""Tiny random vision-language models and a tiny video, for tests and demos: made from a seed, never downloaded.
 
-The models have the real classes, module names, special tokens and chat templates of their families; only sizes, weights and
-vocabulary (single bytes) are small. What they say is noise, but it depends on every token and every pixel they are given.
+The models have the real classes, module names, special tokens and chat templates of their families; only sizes,
+weights and vocabulary (single bytes) are small. What they say is noise, but noise that depends on every token and
+every frame they are given.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ _SMOLVLM_TEMPLATE = _IDEFICS_TEMPLATE.replace("{bos}", "<|im_start|>").replace(
 _IDEFICS3_TEMPLATE = _IDEFICS_TEMPLATE.replace("{bos}", "<|begin_of_text|>").replace("{video}", "")
 _QWEN_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}{% for content in message['content'] %}"
@@ -121,7 +123,7 @@ def tiny_smolvlm(seed: int = 0, **overrides: Any) -> tuple[SmolVLMForConditional
     config = SmolVLMConfig(
         text_config=_text_config("llama", tokenizer, overrides, rope_parameters=_rope(100_000.0)),
         vision_config=dict(_SIGLIP),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=tokenizer.get_vocab()["<image>"],
         scale_factor=_SCALE_FACTOR,
     )
     size, tile = {"longest_edge": 2 * _IMAGE_SIZE}, {"longest_edge": _IMAGE_SIZE}
@@ -162,7 +164,7 @@ def tiny_idefics3(seed: int = 0, **overrides: Any) -> tuple[Idefics3ForCondition
     config = Idefics3Config(
         text_config=_text_config("llama", tokenizer, overrides, rope_parameters=_rope(500_000.0)),
         vision_config=dict(_SIGLIP),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=tokenizer.get_vocab()["<image>"],
         scale_factor=_SCALE_FACTOR,
     )
     processor = Idefics3Processor(
@@ -179,9 +181,10 @@ def tiny_idefics3(seed: int = 0, **overrides: Any) -> tuple[Idefics3ForCondition
 def tiny_qwen2_5_vl(seed: int = 0, **overrides: Any) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
     """Build a tiny random Qwen2.5-VL with its processor: one visual token per 16 x 16 pixels and two frames.
 
-    Its vision blocks have `gate_proj`, `up_proj` and `down_proj` like its decoder layers, and one of the two attends in
-    windows of 32 x 32 pixels. Frames keep their size, rounded to 16 pixels, between 1,024 and 3,072 pixels in all.
-    Arguments, return value and errors are those of `tiny_smolvlm`; with another head size than 16 give `rope_parameters` too.
+    Its vision blocks have `gate_proj`, `up_proj` and `down_proj` like its decoder layers, and one of the two attends
+    in windows of 32 x 32 pixels. Frames keep their size, rounded to 16 pixels, between 1,024 and 3,072 pixels in all.
+    Arguments, return value and errors are those of `tiny_smolvlm`; for a head size other than 16 override
+    `rope_parameters` as well.
     """
     from transformers import (
         Qwen2_5_VLConfig,
@@ -217,10 +220,10 @@ def tiny_qwen2_5_vl(seed: int = 0, **overrides: Any) -> tuple[Qwen2_5_VLForCondi
             "fullatt_block_indexes": [1],
             "out_hidden_size": text_config["hidden_size"],
         },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        image_token_id=tokenizer.get_vocab()["<|image_pad|>"],
+        video_token_id=tokenizer.get_vocab()["<|video_pad|>"],
+        vision_start_token_id=tokenizer.get_vocab()["<|vision_start|>"],
+        vision_end_token_id=tokenizer.get_vocab()["<|vision_end|>"],
         tie_word_embeddings=False,
     )
     patches: dict[str, Any] = {
@@ -304,7 +307,7 @@ def tiny_clip(
 
     random = np.random.default_rng(seed)
     background, colour = random.integers(0, 64, 3), random.integers(96, 256, 3)
-    side = max(2, min(width, height) // 3)
+    side = max(1, min(width, height) // 3)
     room = np.array([width - side, height - side])
     position, step = random.uniform(0, 1, 2) * room, random.choice([-1, 1], 2) * room / max(4, num_frames / 2)
     with av.open(str(path), "w", format="mp4") as container:
@@ -378,8 +381,8 @@ def _build(model_class: Any, config: Any, tokenizer: PreTrainedTokenizerFast, se
 def _draw_weights(model: nn.Module, seed: int) -> None:
     """Draw every parameter so that activations stay O(1) through the depth and attention is far from uniform.
 
-    The 0.02 of a fresh transformers model would make all logits nearly equal, whatever the input: errors would not show.
-    Each parameter has a generator of its own, made from seed and name, so the order of modules does not matter.
+    The 0.02 of a fresh transformers model would make all logits nearly equal, whatever the input: errors would not
+    show. Each parameter has a generator of its own, made from seed and name: the order of modules does not matter.
     """
     import hashlib
 
