@@ -1,0 +1,35 @@
+# Everything a newcomer runs. Needs Python >= 3.10, make and git; each target sets up what it needs by itself.
+#   make demo    a tiny video becomes an adapter that answers
+#   make test    the tests, offline
+#   make lint    ruff and mypy
+#   make clean   remove the environment and all caches
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# torch in every worker would take all cores for models of 64 channels: one thread a process, and processes instead.
+# More than four workers spend longer on importing torch than they save.
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+test: export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Repeated only when the dependencies may have changed.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
