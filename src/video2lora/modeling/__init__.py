@@ -1,0 +1,29 @@
+"""Modeling: configuration, hypernetwork, injection and the bundled model; registers them with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel
+
+from .base import BaseModelError
+from .checkpoint import CheckpointError
+from .configuration import Video2LoraConfig
+from .hypernetwork import Hypernetwork
+from .injection import inject_lora
+from .lora import LoraWeights, stack_lora
+from .model import Video2LoraModel, Video2LoraOutput
+from .targets import LoraTargets, resolve_targets
+
+AutoConfig.register("video2lora", Video2LoraConfig, exist_ok=True)
+AutoModel.register(Video2LoraConfig, Video2LoraModel, exist_ok=True)
+
+__all__ = [
+    "BaseModelError",
+    "CheckpointError",
+    "Hypernetwork",
+    "LoraTargets",
+    "LoraWeights",
+    "Video2LoraConfig",
+    "Video2LoraModel",
+    "Video2LoraOutput",
+    "inject_lora",
+    "resolve_targets",
+    "stack_lora",
+]

@@ -1,0 +1,246 @@
+"""Modeling: saving and loading a Video2LoraModel, light (hypernetwork and a pinned base) or bundled."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .base import BaseModelError, check_same_base, load_base, resolve_commit
+from .configuration import Video2LoraConfig
+from .targets import resolve_targets
+
+HYPERNETWORK = "hypernetwork."
+HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
+BASE_KWARGS = (*HUB_KWARGS, "dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config")
+BASE_KWARGS += ("max_memory", "offload_folder")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's tensors are not those its configuration asks for."""
+
+
+class CheckpointMixin:
+    """The loading and saving half of [`Video2LoraModel`]."""
+
+    @classmethod
+    def from_vlm(
+        cls, vlm: str | os.PathLike | PreTrainedModel, revision: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Make a fresh hypernetwork for a base; its adapters change nothing until it is trained.
+
+        Args:
+            vlm: Hub id or directory of the base, or the loaded model.
+            revision: commit hash, branch or tag of the base; the commit found is pinned in the config.
+            kwargs: fields of [`Video2LoraConfig`] (`rank=8`, `target_modules=[...]`); the rest goes to the base's
+                `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `token`).
+
+        Raises:
+            BaseModelError: the base cannot be had.
+            ValueError: a config field is wrong, or the base has no such target modules.
+        """
+        fields = {k: kwargs.pop(k) for k in list(kwargs) if k in Video2LoraConfig.__dataclass_fields__ and k != "dtype"}
+        if isinstance(vlm, PreTrainedModel):
+            if kwargs:
+                raise ValueError(f"unknown config fields for an already loaded base: {sorted(kwargs)}.")
+            name, commit = vlm.name_or_path or None, revision or getattr(vlm.config, "_commit_hash", None)
+        else:
+            name = os.fspath(vlm)
+            vlm = load_base(name, revision, **kwargs)
+            commit = resolve_commit(name, revision, **kwargs) or revision
+        fields.setdefault("base_model_name_or_path", name)
+        fields.setdefault("base_model_revision", commit)
+        model = cls(Video2LoraConfig(vlm_config=vlm.config, **fields), vlm=vlm)  # type: ignore[call-arg]
+        model.hypernetwork.to(vlm.device)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: Video2LoraConfig | None = None,
+        vlm: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model saved by [`save_pretrained`], light or bundled, from a directory or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: directory or Hub id of the checkpoint.
+            config: its configuration, if already loaded.
+            vlm: the base, if already loaded (of a light checkpoint); it is shared, not copied.
+            kwargs: what transformers' `from_pretrained` takes (`revision`, `dtype`, `device_map`,
+                `attn_implementation`, `token`, ...); `dtype` is that of the base, the hypernetwork stays in float32.
+                `base_model_name_or_path=` overrides where the base of a light checkpoint is taken from.
+
+        Raises:
+            BaseModelError: the base is missing, gated, not at its pinned revision, of other sizes, or out of reach.
+            CheckpointError: a hypernetwork tensor is missing, unexpected or of another shape.
+        """
+        where, output_loading_info = kwargs.pop("base_model_name_or_path", None), kwargs.pop("output_loading_info", False)
+        if config is None:
+            hub = {k: kwargs[k] for k in (*HUB_KWARGS, "revision", "subfolder") if kwargs.get(k) is not None}
+            config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        load = super().from_pretrained  # type: ignore[misc]
+        arguments = dict(kwargs, config=config, output_loading_info=True)
+        try:
+            if config.bundle_base:
+                model, info = load(pretrained_model_name_or_path, *model_args, **arguments)
+            else:
+                vlm = _light_base(config, vlm, where, kwargs)
+                targets = resolve_targets(vlm, config.target_modules, config.layers_to_transform)
+                for name in ("device_map", "quantization_config", "attn_implementation"):
+                    arguments.pop(name, None)
+                model, info = load(pretrained_model_name_or_path, *model_args, targets=targets, **arguments)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "mismatch" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: tensors of other shapes than the configuration asks for: {error}"
+            ) from error
+        _check_loaded(str(pretrained_model_name_or_path), model, info)
+        if not config.bundle_base:
+            model.attach_vlm(vlm)
+            model.hypernetwork.to(vlm.device)
+            if where is not None:
+                model.config.base_model_name_or_path, model.config.base_model_revision = os.fspath(where), None
+        else:
+            model.attach_vlm(model.vlm)
+        model.eval()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        bundle_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write `config.json` and `model.safetensors`: the hypernetwork, and a pinned reference to its base.
+
+        Each file is written under a temporary name and renamed, so that a killed process leaves the old one.
+
+        Args:
+            save_directory: where to; made if it does not exist.
+            is_main_process: write only there.
+            state_dict: the tensors to save if not this model's own (the Trainer and FSDP pass one).
+            push_to_hub: also push the directory; `repo_id=`, `token=`, ... in `kwargs`.
+            bundle_base: write the base's weights too, so that the checkpoint needs nothing else.
+            kwargs: what transformers' `save_pretrained` takes.
+
+        Raises:
+            ValueError: a light checkpoint of a model without a named base: nobody could load it.
+        """
+        model: Any = self
+        if not bundle_base and not model.config.base_model_name_or_path:
+            raise ValueError(
+                "the base of this model has no name or path, so a light checkpoint could not be loaded again: save the "
+                "base and set config.base_model_name_or_path, or save with bundle_base=True."
+            )
+        state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+        if not bundle_base:
+            state_dict = {k: v for k, v in state_dict.items() if k.startswith(HYPERNETWORK)}
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"{target} is a file; expected a directory to save the model in.")
+        target.mkdir(parents=True, exist_ok=True)
+        before = model.config.bundle_base
+        model.config.bundle_base = bundle_base
+        try:
+            with TemporaryDirectory(prefix=".saving-", dir=target) as staging:
+                super().save_pretrained(  # type: ignore[misc]
+                    staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs
+                )
+                _publish(Path(staging), target)
+        finally:
+            model.config.bundle_base = before
+        if push_to_hub and is_main_process:
+            hub = {k: kwargs[k] for k in ("token", "private", "revision", "commit_message") if k in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or target.name, bundle_base=bundle_base, **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        bundle_base: bool = False,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Upload the model to the Hub, with a model card unless the repository has one.
+
+        Args:
+            repo_id: `user/name`; made if it does not exist.
+            bundle_base: upload the base's weights too; by default the hypernetwork and a pinned reference.
+            private, token, revision, create_pr, commit_message: as everywhere on the Hub.
+            kwargs: what [`save_pretrained`] takes.
+        """
+        from video2lora.hub_cards import model_card
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, bundle_base=bundle_base, **kwargs)
+            if not api.file_exists(repo_id, "README.md", revision=revision):
+                card = model_card(repo_id, self.config)  # type: ignore[attr-defined]
+                (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def _light_base(
+    config: Video2LoraConfig, vlm: PreTrainedModel | None, where: str | os.PathLike | None, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """The base of a light checkpoint, checked against its configuration."""
+    name = os.fspath(where) if where is not None else config.base_model_name_or_path
+    if vlm is None:
+        if name is None:
+            raise BaseModelError("the checkpoint names no base model: pass the loaded base as `vlm=`.")
+        arguments = {k: v for k, v in kwargs.items() if k in BASE_KWARGS}
+        vlm = load_base(name, None if where is not None else config.base_model_revision, **arguments)
+    if config.vlm_config is not None:
+        check_same_base(config.vlm_config, vlm.config, vlm.name_or_path or name or type(vlm).__name__)  # type: ignore[arg-type]
+    return vlm
+
+
+def _check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
+    """Raise [`CheckpointError`] naming the tensors that are missing, unexpected or of another shape."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    problems = {
+        "missing": sorted(set(info["missing_keys"]) - tied),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+    }
+    found = [f"{kind}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for kind, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(
+            f"{name} does not hold the tensors its configuration asks for ({'; '.join(found)}). The file is damaged or "
+            "belongs to another configuration."
+        )
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Move what was written into place, the configuration last, and drop weight files of an earlier save."""
+    written = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+    for path in written:
+        os.replace(path, target / path.name)
+    names = {path.name for path in written}
+    if names:
+        for stale in [*target.glob("model*.safetensors"), *target.glob("model.safetensors.index.json")]:
+            if stale.name not in names:
+                stale.unlink()

@@ -1,0 +1,238 @@
+"""Modeling: the hypernetwork, from the hidden states of every decoder layer to LoRA weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
+
+from .configuration import Video2LoraConfig
+from .lora import LoraWeights
+from .perceiver import Perceiver
+from .targets import LoraTargets
+
+TOKENS_PER_CHUNK = 8192
+"""Tokens projected at a time: bounds the peak (4H wide activations) without costing speed."""
+
+MIN_NORM = 1e-12
+"""Floor of an embedding's norm before the head: a zero embedding gives zero, not NaN."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a padded batch count, found once for all layers (finding out waits for the device).
+
+    Attributes:
+        mask: `[batch, tokens]` bool, true where a token counts.
+        index: `[valid tokens]`, their positions in the flattened batch.
+    """
+
+    mask: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor) -> Padding | None:
+        """The padding of `attention_mask` `[batch, tokens]`, or `None` when every token counts."""
+        mask = attention_mask.bool()
+        index = mask.flatten().nonzero().squeeze(1)
+        return None if len(index) == mask.numel() else cls(mask, index)
+
+    def repeat(self, times: int) -> Padding:
+        """The padding of this batch stacked `times` times, `[times * batch, tokens]`."""
+        shifts = torch.arange(times, device=self.index.device)[:, None] * self.mask.numel()
+        return Padding(self.mask.repeat(times, 1), (shifts + self.index).flatten())
+
+
+class ResidualMLP(nn.Module):
+    """`x + LayerNorm(W2 silu(W1 LayerNorm(x) + b1) + b2)`, width 4D."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(size)
+        self.linear_in = nn.Linear(size, 4 * size)
+        self.linear_out = nn.Linear(4 * size, size)
+        self.norm_out = nn.LayerNorm(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm_out(self.linear_out(silu(self.linear_in(self.norm_in(x)))))
+
+
+class Hypernetwork(nn.Module):
+    """Turns the hidden states entering each decoder layer into a LoRA adapter for those layers.
+
+    Section 2 of the method: a perceiver shared by all layers, residual MLPs, and a head, scalers and a static part of
+    each layer's own. A new hypernetwork's adapters change nothing (`scaler_B` and `bias_B` start at zero).
+
+    Args:
+        config: sizes.
+        targets: the modules to adapt, with their widths.
+        hidden_size: width H of the hidden states.
+    """
+
+    def __init__(self, config: Video2LoraConfig, targets: LoraTargets, hidden_size: int) -> None:
+        super().__init__()
+        self.rank, self.scaling = config.rank, float(config.lora_scaling or 0.0)
+        self.module_names = targets.module_names
+        self.in_features, self.out_features = targets.in_features, targets.out_features
+        self.num_layers = num_layers = len(targets.layer_indices)
+        size, rank = config.latent_size, config.rank
+        self.gradient_checkpointing = False
+        self.perceiver = Perceiver(
+            hidden_size,
+            size,
+            config.num_latents,
+            config.num_blocks,
+            num_queries=len(self.module_names) * rank,
+            num_self_attn_per_block=config.num_self_attn_per_block,
+            num_heads=config.perceiver_num_heads,
+            num_key_value_heads=config.perceiver_num_key_value_heads,
+            head_dim=config.perceiver_head_dim,
+        )
+        self.residual_mlps = nn.ModuleList(ResidualMLP(size) for _ in range(config.num_pre_head_layers))
+
+        def per_module(shape_of: Callable[[str], tuple[int, ...]]) -> nn.ParameterDict:
+            return nn.ParameterDict({n: nn.Parameter(torch.empty(shape_of(n))) for n in self.module_names})
+
+        d_in, d_out = self.in_features, self.out_features
+        self.head = per_module(lambda n: (num_layers, size, d_in[n] + d_out[n]))
+        self.scaler_A = per_module(lambda n: (num_layers, rank))
+        self.scaler_B = per_module(lambda n: (num_layers, rank))
+        self.use_static_lora = config.use_static_lora
+        if self.use_static_lora:
+            self.bias_A = per_module(lambda n: (num_layers, rank, d_in[n]))
+            self.bias_B = per_module(lambda n: (num_layers, rank, d_out[n]))
+        self.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return self.perceiver.encoder.latents.device
+
+    def reset_parameters(self) -> None:
+        """Set the head, scalers and static part to their initial values; the submodules set their own."""
+        d_lora = max(self.in_features[n] + self.out_features[n] for n in self.module_names)
+        for name in self.module_names:
+            size = self.head[name].shape[1]
+            nn.init.normal_(self.head[name], std=0.5 / (size + d_lora * self.rank) ** 0.5)
+            nn.init.ones_(self.scaler_A[name])
+            nn.init.zeros_(self.scaler_B[name])
+            if self.use_static_lora:
+                nn.init.normal_(self.bias_A[name], std=0.2 / (self.in_features[name] * self.rank) ** 0.5)
+                nn.init.zeros_(self.bias_B[name])
+
+    def project(self, hidden_states: Tensor) -> Tensor:
+        """Project tokens `[tokens, hidden_size]` to latent width, a chunk at a time; returns `[tokens, latent_size]`.
+
+        The dtype is autocast's where it is on, else that of `hidden_states`.
+        """
+        device_type = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        with torch.autocast(device_type, enabled=False):
+            chunks = hidden_states.to(dtype or hidden_states.dtype).split(TOKENS_PER_CHUNK)
+            return torch.cat([self.perceiver.project(chunk) for chunk in chunks])
+
+    def read(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Read projected tokens `[batch, tokens, latent_size]` into `[batch, modules * rank, latent_size]`, in float32."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.perceiver.read(tokens, mask)
+
+    def embed(self, hidden_states: Tensor, padding: Padding | None = None) -> Tensor:
+        """Read hidden states of any layers, each as a batch item of its own.
+
+        Args:
+            hidden_states: `[batch, tokens, hidden_size]`.
+            padding: which tokens count; padding is dropped, not computed.
+
+        Returns:
+            `[batch, modules * rank, latent_size]`, float32.
+        """
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._embed, hidden_states, padding, use_reentrant=False)
+        return self._embed(hidden_states, padding)
+
+    def _embed(self, hidden_states: Tensor, padding: Padding | None) -> Tensor:
+        flat = hidden_states.flatten(0, 1)
+        if padding is None:
+            return self.read(self.project(flat).unflatten(0, hidden_states.shape[:2]))
+        packed = self.project(flat.index_select(0, padding.index))
+        tokens = packed.new_zeros(len(flat), packed.shape[-1]).index_copy(0, padding.index, packed)
+        return self.read(tokens.unflatten(0, hidden_states.shape[:2]), padding.mask)
+
+    def generate_weights(self, embeddings: Tensor) -> LoraWeights:
+        """Turn the embeddings of every layer into the generated part of an adapter.
+
+        Args:
+            embeddings: `[batch, layers, modules * rank, latent_size]`.
+
+        Returns:
+            Adapters of `rank` rows, without the static part.
+        """
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            for mlp in self.residual_mlps:
+                embeddings = mlp(embeddings)
+            norm = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+            unit = embeddings / norm.clamp_min(MIN_NORM)
+            lora_A, lora_B = {}, {}
+            for name, rows in zip(self.module_names, unit.split(self.rank, dim=2), strict=True):
+                weights = torch.einsum("blrd,ldf->blrf", rows, self.head[name])
+                a, b = weights.split([self.in_features[name], self.out_features[name]], dim=-1)
+                lora_A[name] = a * self.scaler_A[name][..., None]
+                lora_B[name] = b * self.scaler_B[name][..., None]
+        return LoraWeights(lora_A, lora_B, self.scaling, (self.rank,) * embeddings.shape[0])
+
+    def combine(self, generated: LoraWeights, segments_per_adapter: Sequence[int] | None = None) -> LoraWeights:
+        """Concatenate consecutive generated adapters along the rank and append the static part once.
+
+        Args:
+            generated: the generated part of `sum(segments_per_adapter)` segments.
+            segments_per_adapter: how many consecutive segments make one adapter; one each by default.
+
+        Returns:
+            Adapters of rank `(segments + 1) * rank` (without a static part `segments * rank`), the shorter ones of the
+            batch filled with zero rows at the end.
+
+        Raises:
+            ValueError: the counts do not add up to the number of segments.
+        """
+        counts = [1] * len(generated) if segments_per_adapter is None else [int(n) for n in segments_per_adapter]
+        if sum(counts) != len(generated) or min(counts, default=0) < 1:
+            raise ValueError(
+                f"segments_per_adapter {counts} must be positive and add up to the {len(generated)} segments given."
+            )
+        static_rank = self.rank if self.use_static_lora else 0
+
+        def join(tensors: Tensor, static: Tensor | None) -> Tensor:
+            adapters = []
+            for part in tensors.split(counts):
+                rows = list(part.unbind(0)) + ([static.to(part.dtype)] if static is not None else [])
+                rows.append(part.new_zeros(part.shape[1], (max(counts) - len(part)) * self.rank, part.shape[3]))
+                adapters.append(torch.cat(rows, dim=1))
+            return torch.stack(adapters)
+
+        bias_A, bias_B = (self.bias_A, self.bias_B) if self.use_static_lora else ({}, {})
+        return LoraWeights(
+            {n: join(a, bias_A[n] if n in bias_A else None) for n, a in generated.lora_A.items()},
+            {n: join(b, bias_B[n] if n in bias_B else None) for n, b in generated.lora_B.items()},
+            generated.scaling,
+            tuple(count * self.rank + static_rank for count in counts),
+            static_rank,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, segments_per_adapter: Sequence[int] | None = None
+    ) -> LoraWeights:
+        """Generate adapters from stacked hidden states.
+
+        Args:
+            hidden_states: `[batch, layers, tokens, hidden_size]`, the tensors entering each adapted decoder layer.
+            mask: `[batch, tokens]`, nonzero where a token counts.
+            segments_per_adapter: see [`combine`].
+        """
+        batch, layers = hidden_states.shape[:2]
+        padding = None if mask is None else Padding.of(mask.repeat_interleave(layers, dim=0))
+        embeddings = self.embed(hidden_states.flatten(0, 1), padding).unflatten(0, (batch, layers))
+        return self.combine(self.generate_weights(embeddings), segments_per_adapter)

@@ -1,0 +1,285 @@
+"""Modeling: Video2LoraModel, a frozen vision-language model with the hypernetwork that turns videos into adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .checkpoint import CheckpointMixin
+from .configuration import Video2LoraConfig
+from .hypernetwork import Hypernetwork, Padding
+from .injection import inject_lora
+from .lora import LoraWeights, stack_lora
+from .streaming import stream_hidden_states
+from .targets import LoraTargets, resolve_targets
+
+TOKENS_IN_FLIGHT = 65536
+"""Projected tokens (summed over layers and videos) that wait until the perceiver reads them together."""
+
+
+@dataclass
+class Video2LoraOutput(ModelOutput):
+    """What [`Video2LoraModel.forward`] returns.
+
+    Args:
+        loss: mean over the queries of each query's mean over its labelled tokens; `None` without labels.
+        query_losses: `[queries]`, those means.
+        label_logits: `[labelled tokens, vocabulary]`, the logits that predict them, in row order; with labels only.
+        logits: `[queries, tokens, vocabulary]`; without labels only.
+        lora: the adapters, still in the autograd graph.
+    """
+
+    loss: Tensor | None = None
+    query_losses: Tensor | None = None
+    label_logits: Tensor | None = None
+    logits: Tensor | None = None
+    lora: LoraWeights | None = None
+
+
+class Video2LoraModel(CheckpointMixin, PreTrainedModel):
+    """A frozen vision-language model and the hypernetwork that writes LoRA adapters for it from videos.
+
+    `internalize` turns videos into adapters in one forward pass; `generate` answers questions with them, without a
+    visual token in the context. Works on any model behind `AutoModelForImageTextToText` whose decoder layers are
+    `vlm.get_decoder().layers`.
+
+    Args:
+        config: the configuration.
+        vlm: the base; built with random weights from `config.vlm_config` if left out. Use
+            [`Video2LoraModel.from_pretrained`] or [`Video2LoraModel.from_vlm`] to get trained weights.
+        targets: the modules to adapt, where they are known but the base is attached later.
+
+    Raises:
+        ValueError: neither a base nor its configuration was given, or the base lacks the target modules.
+    """
+
+    config_class = Video2LoraConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # of latent size only: bfloat16 weights there would cost digits and save next to nothing
+    _keep_in_fp32_modules_strict = ["hypernetwork"]
+
+    def __init__(
+        self, config: Video2LoraConfig, vlm: PreTrainedModel | None = None, targets: LoraTargets | None = None
+    ) -> None:
+        super().__init__(config)
+        if config.vlm_config is None:
+            raise ValueError("config.vlm_config is None: use Video2LoraModel.from_vlm(name) to start from a base model.")
+        if vlm is None and targets is None:
+            vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        self.vlm: PreTrainedModel = None  # type: ignore[assignment]
+        if targets is None:
+            targets = resolve_targets(vlm, config.target_modules, config.layers_to_transform)
+        self.targets = targets
+        self.hypernetwork = Hypernetwork(config, targets, config.get_text_config().hidden_size)
+        if vlm is not None:
+            self.attach_vlm(vlm)
+        self.post_init()
+
+    def attach_vlm(self, vlm: PreTrainedModel) -> None:
+        """Freeze `vlm` and make it this model's base."""
+        self.vlm = vlm.eval().requires_grad_(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def train(self, mode: bool = True) -> Video2LoraModel:
+        """Set training mode on the hypernetwork; the frozen base stays in evaluation mode."""
+        super().train(mode)
+        if self.vlm is not None:
+            self.vlm.eval()
+        return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        # Recomputing the VLM in the backward pass would run it after the adapters are taken off: perceiver only.
+        self.hypernetwork.gradient_checkpointing = enable
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    # --- video to adapter ------------------------------------------------------------------------------------------
+
+    def internalize(self, segments_per_adapter: Sequence[int] | None = None, **video_inputs: Tensor) -> LoraWeights:
+        """Turn videos into LoRA adapters in one forward pass.
+
+        Args:
+            segments_per_adapter: how many consecutive videos (segments) make one adapter; one each by default.
+            video_inputs: what the processor returns for the internalization turn: `input_ids` and `attention_mask`
+                `[batch, tokens]`, `pixel_values` and whatever else the base takes.
+
+        Returns:
+            A batch of adapters with the static part, in float32; rank `2 * config.rank` for one segment. Call it under
+            `torch.no_grad()` unless the hypernetwork is being trained.
+
+        Raises:
+            ValueError: the segment counts do not add up to the batch.
+        """
+        embeddings = self._embed_layers(video_inputs)
+        generated = self.hypernetwork.generate_weights(embeddings)
+        return self.hypernetwork.combine(generated, segments_per_adapter)
+
+    def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
+        """Stream the VLM's hidden states through the perceiver: `[batch, layers, modules * rank, latent_size]`."""
+        inputs = {k: self._to_vlm(v) for k, v in video_inputs.items()}
+        attention_mask = inputs.get("attention_mask")
+        padding = None if attention_mask is None else Padding.of(attention_mask)
+        device = self.hypernetwork.device
+        if padding is not None:
+            padding = Padding(padding.mask.to(device), padding.index.to(device))
+        embeddings: list[Tensor] = []
+        waiting: list[Tensor] = []
+
+        def flush() -> None:
+            if waiting:
+                layers = len(waiting)
+                stacked = torch.cat(waiting)
+                waiting.clear()
+                repeated = None if padding is None else padding.repeat(layers)
+                embeddings.extend(self.hypernetwork.embed(stacked, repeated).chunk(layers))
+
+        def consume(_position: int, hidden_states: Tensor) -> None:
+            waiting.append(hidden_states.to(device))
+            if len(waiting) * hidden_states.shape[0] * hidden_states.shape[1] >= TOKENS_IN_FLIGHT:
+                flush()
+
+        stream_hidden_states(self.vlm, inputs, self.targets.layer_indices, consume, stop_early=not self._is_sharded())
+        flush()
+        return torch.stack(embeddings, dim=1)
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP shards the base: leaving its forward pass half way would leave it unsharded."""
+        return any("FSDP" in base.__name__ for base in type(self.vlm).__mro__)
+
+    def _to_vlm(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.vlm.device, self.vlm.dtype if value.is_floating_point() else None)
+
+    # --- adapter to answers ----------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        video_inputs: Mapping[str, Tensor] | None = None,
+        adapters: LoraWeights | Sequence[Any] | None = None,
+        queries_per_video: int | Sequence[int] | Tensor | None = None,
+        segments_per_adapter: Sequence[int] | Tensor | None = None,
+    ) -> Video2LoraOutput:
+        """Answer text queries about videos with adapters instead of visual tokens; the step of training.
+
+        Args:
+            input_ids: `[queries, tokens]`, text only, the queries of one video side by side.
+            attention_mask: `[queries, tokens]`.
+            labels: `[queries, tokens]`, -100 where no loss is wanted.
+            video_inputs: inputs of [`internalize`] for the videos these queries are about.
+            adapters: adapters made before, instead of `video_inputs`. With neither the base answers by itself.
+            queries_per_video: how many consecutive queries each video (or adapter) has; one each by default.
+            segments_per_adapter: see [`internalize`].
+
+        Returns:
+            [`Video2LoraOutput`]. Cross-entropy is the mean over queries of each query's token mean (the recipe).
+
+        Raises:
+            ValueError: both `video_inputs` and `adapters`, or counts that do not add up.
+        """
+        if video_inputs is not None and adapters is not None:
+            raise ValueError("expected video_inputs or adapters, got both.")
+        if video_inputs is not None:
+            lora: LoraWeights | None = self.internalize(_as_counts(segments_per_adapter), **video_inputs)
+        else:
+            lora = self._as_lora(adapters)
+        with self._adapted(lora, input_ids.shape[0], queries_per_video):
+            outputs = self.vlm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden_states, lm_head = outputs.last_hidden_state, self.vlm.get_output_embeddings()
+        if labels is None:
+            return Video2LoraOutput(logits=lm_head(hidden_states), lora=lora)
+        labelled = labels[:, 1:] != -100
+        label_logits = lm_head(hidden_states[:, :-1][labelled])
+        losses = cross_entropy(label_logits.float(), labels[:, 1:][labelled], reduction="none")
+        rows = labelled.nonzero()[:, 0]
+        sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
+        query_losses = sums / labelled.sum(1).clamp_min(1)
+        return Video2LoraOutput(query_losses.mean(), query_losses, label_logits, lora=lora)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        adapters: LoraWeights | Sequence[Any] | None = None,
+        queries_per_adapter: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Generate answers to text queries, each with the adapter of its video.
+
+        Args:
+            input_ids: `[queries, tokens]`, text only, padded on the left, the queries of one adapter side by side.
+            attention_mask: `[queries, tokens]`.
+            adapters: what [`internalize`] returns, or a list of [`VideoAdapter`]s. One adapter answers all queries;
+                with none the base answers by itself.
+            queries_per_adapter: how many consecutive queries each adapter answers; one each by default.
+            kwargs: what the base's `generate` takes, such as `max_new_tokens`.
+
+        Returns:
+            What the base's `generate` returns: token ids `[queries, tokens]` by default, the prompt included.
+        """
+        if "pad_token_id" not in kwargs and kwargs.get("generation_config") is None:
+            kwargs["pad_token_id"] = self._pad_token_id()
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        with self._adapted(self._as_lora(adapters), input_ids.shape[0], queries_per_adapter):
+            return self.vlm.generate(input_ids=input_ids, **kwargs)
+
+    def _pad_token_id(self) -> int | None:
+        """A pad id inside the vocabulary: SmolVLM2's own top-level one, 128002, is not."""
+        text = self.vlm.config.get_text_config()
+        eos = self.vlm.generation_config.eos_token_id
+        candidates = [self.vlm.generation_config.pad_token_id, text.pad_token_id]
+        candidates += eos if isinstance(eos, list) else [eos]
+        return next((token for token in candidates if token is not None and 0 <= token < text.vocab_size), None)
+
+    def _adapted(self, lora: LoraWeights | None, rows: int, queries: int | Sequence[int] | Tensor | None):
+        """The base with `lora` on it for a batch of `rows` queries, as a context manager."""
+        if lora is None:
+            return nullcontext()
+        counts = _as_counts(queries)
+        if counts is None:
+            counts = [rows] if len(lora) == 1 else [1] * len(lora)
+        elif len(counts) == 1:
+            counts = counts * len(lora)
+        if sum(counts) != rows:
+            raise ValueError(f"queries {counts} of {len(lora)} adapters do not add up to the {rows} rows given.")
+        return inject_lora(self.vlm, self.targets, lora, counts)
+
+    def _as_lora(self, adapters: LoraWeights | Sequence[Any] | None) -> LoraWeights | None:
+        """Adapters of any form as one batch; a `VideoAdapter` is anything with `.weights`."""
+        if adapters is None or isinstance(adapters, LoraWeights):
+            return adapters
+        if hasattr(adapters, "weights"):
+            adapters = [adapters]
+        return stack_lora([item if isinstance(item, LoraWeights) else item.weights for item in adapters])
+
+
+def _as_counts(counts: int | Sequence[int] | Tensor | None) -> list[int] | None:
+    if counts is None or isinstance(counts, int):
+        return None if counts is None else [counts]
+    return [int(n) for n in counts]

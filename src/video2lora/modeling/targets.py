@@ -1,0 +1,90 @@
+"""Modeling: which Linear modules of a vision-language model an adapter changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """The target modules of an adapter, resolved on one base.
+
+    Attributes:
+        layer_indices: decoder layers that are adapted, in ascending order.
+        paths: for each target module name, the full module path inside the VLM for each of those layers.
+        in_features: input width d_in of each target module.
+        out_features: output width d_out of each target module.
+    """
+
+    layer_indices: tuple[int, ...]
+    paths: dict[str, tuple[str, ...]]
+    in_features: dict[str, int]
+    out_features: dict[str, int]
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Target module names, sorted: the order of the hypernetwork's queries."""
+        return tuple(self.paths)
+
+    def all_paths(self) -> tuple[str, ...]:
+        """Every adapted module's path, sorted."""
+        return tuple(sorted(path for paths in self.paths.values() for path in paths))
+
+
+def decoder_layers(vlm: nn.Module) -> nn.ModuleList:
+    """The text decoder's layers of `vlm` (`vlm.get_decoder().layers`).
+
+    Raises:
+        ValueError: the model has no such list of layers.
+    """
+    decoder = vlm.get_decoder() if hasattr(vlm, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        raise ValueError(
+            f"{type(vlm).__name__} has no decoder layers at `get_decoder().layers`; video2lora works on models behind "
+            "AutoModelForImageTextToText whose text decoder is a list of layers."
+        )
+    return layers
+
+
+def resolve_targets(
+    vlm: nn.Module, target_modules: Sequence[str], layers_to_transform: Sequence[int] | None = None
+) -> LoraTargets:
+    """Find the Linear modules called `target_modules` in each decoder layer of `vlm`.
+
+    Only the text decoder is searched: a vision tower may have modules of the same names (Qwen2.5-VL does).
+
+    Raises:
+        ValueError: a layer does not exist, or a name matches no Linear module of a layer, or more than one, or its
+            size differs between layers.
+    """
+    layers = decoder_layers(vlm)
+    indices = tuple(range(len(layers))) if layers_to_transform is None else tuple(sorted(layers_to_transform))
+    if indices and not 0 <= indices[0] <= indices[-1] < len(layers):
+        raise ValueError(f"layers_to_transform {list(indices)} must lie in 0..{len(layers) - 1}, the decoder's layers.")
+    path_of = {id(module): name for name, module in vlm.named_modules()}
+    paths: dict[str, tuple[str, ...]] = {}
+    in_features: dict[str, int] = {}
+    out_features: dict[str, int] = {}
+    for name in sorted(set(target_modules)):
+        found = [_find_linear(layers[index], name, index) for index in indices]
+        sizes = {(module.in_features, module.out_features) for module in found}
+        if len(sizes) != 1:
+            raise ValueError(f"{name!r} has different sizes in different decoder layers: {sorted(sizes)}.")
+        paths[name] = tuple(path_of[id(module)] for module in found)
+        in_features[name], out_features[name] = sizes.pop()
+    return LoraTargets(indices, paths, in_features, out_features)
+
+
+def _find_linear(layer: nn.Module, name: str, index: int) -> nn.Linear:
+    matches = [m for n, m in layer.named_modules() if n.rpartition(".")[2] == name and isinstance(m, nn.Linear)]
+    if len(matches) != 1:
+        linears = sorted({n.rpartition(".")[2] for n, m in layer.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"decoder layer {index} has {len(matches)} Linear modules called {name!r}, expected exactly one; "
+            f"its Linear modules are {linears}."
+        )
+    return matches[0]
