@@ -187,41 +187,21 @@ def _read(file: io.BufferedReader) -> PublishedCheckpoint:
     aggregator = _known_fields(hypernet.get("aggregator_config"), "AggregatorConfig")
     lora = _known_fields(hypernet.get("lora_config"), "LoraConfig")
     context = _known_fields(content.pop("ctx_encoder_args"), "CtxEncoderArguments")
-    if base is not None and type(base) is not str:
-        raise PublishedCheckpointError(f"base_model_name_or_path is {short_repr(base)}, expected a name.")
-    encoder = context.get("ctx_encoder_model_name_or_path")
-    if encoder not in (None, "precomputed", base):
-        raise PublishedCheckpointError(
-            f"ctx_encoder_model_name_or_path is {short_repr(encoder)}: the video is read by another model than "
-            f"the one adapted ({base!r}), which is not supported."
-        )
-
-    use_static_lora = hypernet.get("use_bias", any(type(name) is str and "bias_A." in name for name in content))
-    if type(use_static_lora) is not bool:
-        raise PublishedCheckpointError(f"use_bias is {short_repr(use_static_lora)}, expected a bool.")
-    for name, value in content.items():
-        if type(name) is not str or type(value) is not DeclaredTensor or value.storage.dtype != torch.float32:
-            raise PublishedCheckpointError(f"entry {short_repr(name)} is not a float32 tensor.")
-    declared = _strip_compile_prefix(content)
-    if not use_static_lora:  # the published code would not read them either
-        declared = {name: value for name, value in declared.items() if not name.startswith(("bias_A.", "bias_B."))}
-
+    _check_base(base, context)
+    declared, use_static_lora = _declared_parameters(content, hypernet)
     modules = _target_modules(lora)
     in_features, out_features = _feature_sizes(hypernet, modules)
     shapes = {name: value.shape for name, value in declared.items()}
     sizes = _Sizes.measure(shapes, modules)
     _check_shapes(shapes, _name_table(sizes, modules, in_features, out_features))
     _check_config(archive, sizes, hypernet, aggregator, lora)
-    scaling = lora.get("lora_alpha")
-    if not isinstance(scaling, (int, float)) or not 0 < scaling < float("inf"):
-        raise PublishedCheckpointError(f"lora_alpha is {short_repr(scaling)}, expected a positive number.")
     archive.check_total(declared.values())
     tensors = {name: archive.tensor(name, value) for name, value in declared.items()}
     return PublishedCheckpoint(
         config={
             "base_model_name_or_path": base,
             "rank": sizes.rank,
-            "lora_scaling": float(scaling),
+            "lora_scaling": _scaling(lora),
             "target_modules": modules,
             "use_static_lora": use_static_lora,
             "latent_size": sizes.latent_size,
@@ -240,6 +220,42 @@ def _read(file: io.BufferedReader) -> PublishedCheckpoint:
     )
 
 
+def _check_base(base: Any, context: Mapping[str, Any]) -> None:
+    if base is not None and type(base) is not str:
+        raise PublishedCheckpointError(f"base_model_name_or_path is {short_repr(base)}, expected a name.")
+    encoder = context.get("ctx_encoder_model_name_or_path")
+    if encoder not in (None, "precomputed", base):
+        raise PublishedCheckpointError(
+            f"ctx_encoder_model_name_or_path is {short_repr(encoder)}: the video is read by another model than "
+            f"the one adapted ({base!r}), which is not supported."
+        )
+
+
+def _declared_parameters(
+    content: Mapping[Any, Any], hypernet: Mapping[str, Any]
+) -> tuple[dict[str, DeclaredTensor], bool]:
+    """Parameters by published name, and whether there is a static part; without one, biases are left out."""
+    for name, value in content.items():
+        if type(name) is not str or type(value) is not DeclaredTensor or value.storage.dtype != torch.float32:
+            raise PublishedCheckpointError(f"entry {short_repr(name)} is not a float32 tensor.")
+    declared = _strip_compile_prefix(content)
+    biases = [name for name in declared if name.startswith(("bias_A.", "bias_B."))]
+    use_static_lora = hypernet.get("use_bias", bool(biases))
+    if type(use_static_lora) is not bool:
+        raise PublishedCheckpointError(f"use_bias is {short_repr(use_static_lora)}, expected a bool.")
+    if not use_static_lora:  # the published code would not read them either
+        declared = {name: value for name, value in declared.items() if name not in biases}
+    return declared, use_static_lora
+
+
+def _scaling(lora: Mapping[str, Any]) -> float:
+    """The direct multiplier s, which published files keep in `lora_alpha`."""
+    scaling = lora.get("lora_alpha")
+    if not isinstance(scaling, (int, float)) or not 0 < scaling < 1e9:
+        raise PublishedCheckpointError(f"LoraConfig.lora_alpha is {short_repr(scaling)}, expected a positive number.")
+    return float(scaling)
+
+
 def _known_fields(value: Any, kind: str) -> dict[str, Any]:
     """Fields of a config object, after a check of those whose other values are refused."""
     if not isinstance(value, ConfigObject) or type(value).__name__ != kind:
@@ -248,8 +264,8 @@ def _known_fields(value: Any, kind: str) -> dict[str, Any]:
     for name, known in _KNOWN_VALUES[kind].items():
         if name in fields and fields[name] not in known:
             raise PublishedCheckpointError(
-                f"{kind}.{name} is {short_repr(fields[name])}; only {known[0]!r} is supported, the value released "
-                "checkpoints have."
+                f"{kind}.{name} is {short_repr(fields[name])}; only {known[0]!r} is supported, the value in every "
+                "file this reader was checked against."
             )
     return fields
 
