@@ -1,0 +1,16 @@
+"""Video in: decoding and frame sampling on the presentation timeline, from files, URLs, bytes or frames in memory."""
+
+from .errors import UnreadableVideoError, VideoError, VideoSpanError
+from .frames import VideoFrames, VideoInfo
+from .reader import VideoReader, load_video, probe_video
+
+__all__ = [
+    "UnreadableVideoError",
+    "VideoError",
+    "VideoFrames",
+    "VideoInfo",
+    "VideoReader",
+    "VideoSpanError",
+    "load_video",
+    "probe_video",
+]

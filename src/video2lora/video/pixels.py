@@ -1,0 +1,67 @@
+"""From one decoded frame to one upright, shrunk RGB picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+# Widened by swscale when it shrinks, so nothing aliases; the filter SmolVLM2's own processor uses.
+_SHRINK = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+class FrameConverter:
+    """Converts the frames of one video to RGB, shrunk to `longest_edge` pixels and turned upright.
+
+    All frames get the size of the first, also where a stream changes its resolution. Without shrinking the pixels are
+    those of PyAV's `frame.to_ndarray(format="rgb24")`.
+    """
+
+    def __init__(self, longest_edge: int | None = None):
+        self.longest_edge = longest_edge
+        self.size: tuple[int, int] | None = None
+        """(width, height) of the first frame as displayed, before shrinking."""
+        self._coded: tuple[int, int] = (0, 0)
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        """One frame as uint8 [height, width, 3]."""
+        transposed, flip_x, flip_y = orientation(frame)
+        if self.size is None:
+            self._coded = fit(frame.width, frame.height, self.longest_edge)
+            self.size = (frame.height, frame.width) if transposed else (frame.width, frame.height)
+        width, height = self._coded
+        # One thread: the pixels must not depend on the number of cores.
+        if (width, height) == (frame.width, frame.height):
+            converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        else:
+            converted = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=_SHRINK, threads=1)
+        picture = converted.to_ndarray()
+        if transposed:
+            picture = picture.transpose(1, 0, 2)
+        return np.ascontiguousarray(picture[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
+def fit(width: int, height: int, longest_edge: int | None) -> tuple[int, int]:
+    """`(width, height)` shrunk to at most `longest_edge` pixels, keeping the ratio; each side at least 1 pixel."""
+    longest = max(width, height)
+    if longest_edge is None or longest <= longest_edge:
+        return width, height
+    return max(1, round(width * longest_edge / longest)), max(1, round(height * longest_edge / longest))
+
+
+def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """How to show a frame upright: transpose first, then flip left-right, then flip up-down.
+
+    From the display matrix (ISO 14496-12 6.2.2), which sends (x, y) to (a x + c y, b x + d y); of an odd angle the
+    nearest quarter turn is taken.
+    """
+    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(side_data), dtype=np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
