@@ -1,0 +1,374 @@
+"""Adapters: one video's LoRA adapter in memory, between the hypernetwork, PEFT and the disk."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..hub_cards.adapter_card import adapter_card
+from ..modeling.lora import LoraWeights
+from ..modeling.targets import LoraTargets, resolve_targets
+from . import rank_space, storage
+from .directories import check_target, new_directory
+from .errors import AdapterError, AdapterKeyError
+from .layouts import BaseDescription, Layout, check_base, peft_config, to_state_dict
+from .provenance import AdapterProvenance, Segment, Truncation, is_local, public_name, same_repository
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VideoAdapter:
+    """A LoRA adapter made from a video.
+
+    Attributes:
+        weights: a batch of one in float32, with scaling 1 (the multiplier is folded into `lora_B`).
+        targets: the adapted modules, as they are called in the VLM.
+        base: what must be known of the VLM when it is not at hand.
+        provenance: where the adapter comes from.
+    """
+
+    weights: LoraWeights
+    targets: LoraTargets
+    base: BaseDescription
+    provenance: AdapterProvenance
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: LoraWeights,
+        *,
+        vlm: nn.Module,
+        targets: LoraTargets | None = None,
+        provenance: AdapterProvenance | None = None,
+    ) -> VideoAdapter:
+        """Make an adapter of generated weights.
+
+        Args:
+            weights: a batch of one with any scaling and dtype; zero rows behind its rank are cut.
+            vlm: the base it was generated for.
+            targets: the adapted modules of `vlm`; without it, those called like the weights in every decoder layer.
+            provenance: what is known of its origin. Base and revision are read off `vlm` where they are `None`, and
+                ranks are given to segments without them, the same number to each.
+
+        Raises:
+            AdapterError: not a batch of one, or ranks of segments that do not fit.
+            AdapterKeyError: the weights' names or shapes do not fit the targets.
+            NonFiniteAdapterError: a tensor holds NaN or Inf.
+        """
+        if len(weights) != 1:
+            raise AdapterError(f"expected weights of one adapter, got a batch of {len(weights)}; take weights[i].")
+        if any(isinstance(module, BaseTunerLayer) for module in vlm.modules()):
+            raise AdapterError("vlm carries PEFT adapters already; pass the plain base.")
+        targets = targets or resolve_targets(vlm, tuple(weights.lora_A))
+        weights = weights[0].detach().to(dtype=torch.float32).fold()
+        _check_shapes(weights, targets)
+        own_memory = {name: tensor.clone() for name, tensor in weights.lora_A.items()}  # not a view of the batch
+        weights = replace(weights, lora_A=own_memory)
+        provenance = provenance or AdapterProvenance()
+        config = getattr(vlm, "config", None)
+        provenance = replace(
+            provenance,
+            segments=_with_ranks(provenance.segments or (Segment(),), weights.ranks[0] - weights.static_rank),
+            base_model=provenance.base_model or getattr(config, "_name_or_path", None) or None,
+            base_revision=provenance.base_revision or getattr(config, "_commit_hash", None),
+        )
+        base = BaseDescription.of(vlm, targets)
+        storage.check_finite(to_state_dict(weights, targets, base, "vlm"))
+        return cls(weights, targets, base, provenance)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> VideoAdapter:
+        """Load an adapter from a directory or the Hub, in any layout; the base is not needed.
+
+        Args:
+            name_or_path: directory, or Hub id.
+            revision: commit, branch or tag on the Hub.
+            token: Hub token; by default the one you are logged in with.
+            cache_dir: where Hub files are kept.
+            local_files_only: use cached files only.
+
+        Raises:
+            AdapterNotFoundError: there is no adapter of this name, or the Hub cannot be asked.
+            ForeignAdapterError: a PEFT adapter without `video2lora.json`.
+            AdapterFormatError: a file is damaged or does not fit the others (`AdapterKeyError`: by a tensor's name or
+                shape).
+            NonFiniteAdapterError: a tensor holds NaN or Inf.
+        """
+        directory = storage.locate(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        stored = storage.read_directory(directory)
+        return cls(stored.weights, stored.targets, stored.base, stored.provenance)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        layout: Layout = "vlm",
+        dtype: torch.dtype = torch.float32,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write an ordinary PEFT adapter directory, all at once or not at all.
+
+        Args:
+            save_directory: the directory to make.
+            layout: `"vlm"` for the base itself, `"text"` for its text tower as a plain causal LM.
+            dtype: of the file: float32, bfloat16, or float16 if no value overflows.
+            overwrite: replace an existing adapter.
+
+        Returns:
+            The directory.
+
+        Raises:
+            OutputExistsError: it exists, and `overwrite` is false or it is not an adapter.
+            NonFiniteAdapterError: a tensor holds NaN or Inf, or overflows in `dtype`.
+        """
+        directory = Path(save_directory).expanduser()
+        return self._write(directory, layout, dtype, overwrite, name=directory.resolve().name)
+
+    def _write(self, directory: Path, layout: str, dtype: torch.dtype, overwrite: bool, name: str) -> Path:
+        check_target(directory, overwrite=overwrite, replaceable=storage.is_replaceable)
+        stored = storage.StoredAdapter(self.weights, self.targets, self.base, self.provenance)
+        state, document = storage.encode(stored, layout, dtype)
+        base_model = self.provenance.base_model
+        card = adapter_card(document, name=name, base_on_hub=base_model is not None and not is_local(base_model))
+        config = self._peft_config(layout)
+        with new_directory(directory, overwrite=overwrite, replaceable=storage.is_replaceable) as temporary:
+            storage.write_files(temporary, config, state, document, card)
+        return directory
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        layout: Layout = "vlm",
+        dtype: torch.dtype = torch.float32,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload video adapter",
+    ) -> CommitInfo:
+        """Upload the adapter to the Hub as one commit; the repository is made if need be.
+
+        Args:
+            repo_id: Hub id.
+            layout: as in `save_pretrained`.
+            dtype: as in `save_pretrained`.
+            private: whether a new repository is private.
+            token: Hub token; by default the one you are logged in with.
+            revision: branch to commit to, made if need be.
+            commit_message: of that commit.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self._write(Path(scratch) / "adapter", layout, dtype, False, name=repo_id)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+
+    def attach(self, vlm: nn.Module, adapter_name: str | None = None) -> PeftModel:
+        """Put the adapter on its base, in memory, and make it the active one.
+
+        Args:
+            vlm: the base, which PEFT changes in place, or a `PeftModel` of it that gets one more adapter.
+            adapter_name: PEFT's name for it; `"default"`, or on a `PeftModel` one made of the content hash.
+
+        Returns:
+            A plain `PeftModel`.
+
+        Raises:
+            BaseMismatchError: `vlm` has not the modules the adapter was made for; it is left as it was.
+            AdapterError: the name is taken, or the base carries adapters outside a `PeftModel`.
+        """
+        model = vlm if isinstance(vlm, PeftModel) else None
+        base = vlm if model is None else model.get_base_model()
+        name = adapter_name or ("default" if model is None else f"video-{self.content_hash[:12]}")
+        if model is not None and name in model.peft_config:
+            raise AdapterError(f"an adapter called {name!r} is attached already; pass another adapter_name.")
+        if model is None and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise AdapterError("this model carries PEFT adapters already; pass the PeftModel, or a fresh base.")
+        self._check_base(base)
+        config = self._peft_config("vlm", short_names=False)
+        if model is None:
+            model = PeftModel(base, config, name)
+        else:
+            model.add_adapter(name, config)
+        state = to_state_dict(self.weights, self.targets, self.base, "vlm")
+        result: Any = set_peft_model_state_dict(model, state, adapter_name=name)
+        missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key]
+        if missing or result.unexpected_keys:
+            raise AdapterKeyError(f"PEFT left out {missing} and did not know {result.unexpected_keys}.")
+        model.set_adapter(name, inference_mode=True)
+        return model.eval()
+
+    def _check_base(self, vlm: nn.Module) -> None:
+        """Refuse a base without the adapter's modules; warn about another base of the same sizes."""
+        config = getattr(vlm, "config", None)
+        name, revision = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+        made_for = f"{self.provenance.base_model or 'an unnamed base'} ({self.base.model_class})"
+        given = f"{name or 'an unnamed base'} ({type(vlm).__name__})"
+        check_base(vlm, self.targets, self.base, made_for, given)
+        made_at = self.provenance.base_revision
+        if not same_repository(self.provenance.base_model, name) or type(vlm).__name__ != self.base.model_class:
+            warnings.warn(
+                f"this adapter was made for {made_for}, not for {given}; its answers may be wrong.", stacklevel=3
+            )
+        elif made_at and revision and made_at != revision:
+            warnings.warn(
+                f"this adapter was made for {made_for} at revision {made_at}, not at {revision}.", stacklevel=3
+            )
+
+    def _peft_config(self, layout: str, *, short_names: bool = True) -> LoraConfig:
+        base = self.base if short_names else replace(self.base, short_names=())
+        provenance = self.provenance
+        return peft_config(self.targets, base, layout, self.rank, provenance.base_model, provenance.base_revision)
+
+    def truncate(self, rank: int) -> tuple[VideoAdapter, float]:
+        """Reduce the rank as well as possible, by QR and SVD of the factors.
+
+        The static part is mixed into the ranks by it, so the result cannot be composed any more: compose first. At
+        the adapter's own rank nothing changes.
+
+        Returns:
+            The adapter, and the relative error in the Frobenius norm over all its modules.
+
+        Raises:
+            AdapterError: `rank` is not between 1 and the adapter's rank.
+        """
+        if not 1 <= rank <= self.rank:
+            raise AdapterError(f"rank must lie in 1..{self.rank}, the adapter's own rank; got {rank}.")
+        if rank == self.rank:
+            return self, 0.0
+        weights, error = rank_space.truncate(self.weights, rank)
+        record = Truncation(self.rank, rank, error, static_part_folded=self.static_rank > 0)
+        provenance = replace(
+            self.provenance,
+            segments=tuple(replace(segment, ranks=None) for segment in self.segments),
+            truncations=(*self.provenance.truncations, record),
+        )
+        return VideoAdapter(weights, self.targets, self.base, provenance), error
+
+    def delta_weight(self, module: str, layer: int) -> Tensor:
+        """The change of one weight, `[d_out, d_in]`.
+
+        Args:
+            module: target module name, such as `down_proj`.
+            layer: index of the decoder layer.
+
+        Raises:
+            AdapterError: the adapter does not change that module or layer.
+        """
+        if module not in self.targets.paths or layer not in self.targets.layer_indices:
+            raise AdapterError(
+                f"this adapter does not change {module!r} of layer {layer}; it changes "
+                f"{list(self.targets.module_names)} of layers {list(self.targets.layer_indices)}."
+            )
+        position = self.targets.layer_indices.index(layer)
+        return self.weights.lora_B[module][0, position].T @ self.weights.lora_A[module][0, position]
+
+    def to(self, device: torch.device | str) -> VideoAdapter:
+        """The same adapter on `device`."""
+        return VideoAdapter(self.weights.to(device), self.targets, self.base, self.provenance)
+
+    @property
+    def rank(self) -> int:
+        """Stored rank: generated and static."""
+        return self.weights.ranks[0]
+
+    @property
+    def static_rank(self) -> int:
+        """Ranks, the last ones, of the hypernetwork's static part."""
+        return self.weights.static_rank
+
+    @property
+    def generated_rank(self) -> int:
+        """Ranks that were generated from video."""
+        return self.rank - self.static_rank
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The stretches of video in the adapter, in the order of their ranks."""
+        return self.provenance.segments
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the adapter."""
+        tensors = (*self.weights.lora_A.values(), *self.weights.lora_B.values())
+        return sum(tensor.numel() for tensor in tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors in memory (float32)."""
+        return 4 * self.num_parameters
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 over tensors and their names; the same in every layout."""
+        return storage.content_hash(to_state_dict(self.weights, self.targets, self.base, "vlm"))
+
+    def __repr__(self) -> str:
+        sources = ", ".join(segment.source or "unnamed video" for segment in self.segments)
+        return (
+            f"VideoAdapter({sources}; rank {self.rank} ({self.static_rank} static) on "
+            f"{', '.join(self.targets.module_names)} of {len(self.targets.layer_indices)} layers of "
+            f"{public_name(self.provenance.base_model) or self.base.model_class})"
+        )
+
+
+def _check_shapes(weights: LoraWeights, targets: LoraTargets) -> None:
+    """Compare tensors with targets, and raise `AdapterKeyError` naming the first that does not fit."""
+    layers, rank = len(targets.layer_indices), weights.ranks[0]
+    sizes = {"lora_A": targets.in_features, "lora_B": targets.out_features}
+    for kind, tensors in (("lora_A", weights.lora_A), ("lora_B", weights.lora_B)):
+        if set(tensors) != set(targets.module_names):
+            raise AdapterKeyError(f"{kind} has modules {sorted(tensors)}, expected {list(targets.module_names)}.")
+        for name, tensor in tensors.items():
+            expected = [1, layers, rank, sizes[kind][name]]
+            if list(tensor.shape) != expected:
+                raise AdapterKeyError(
+                    f"{kind} of {name!r} has shape {list(tensor.shape)}, expected {expected} (batch, layers, rank, "
+                    "features); if only some layers are adapted, pass targets=."
+                )
+    if not 0 <= weights.static_rank <= rank:
+        raise AdapterError(f"static_rank must lie in 0..{rank}, got {weights.static_rank}.")
+
+
+def _with_ranks(segments: Sequence[Segment], generated_rank: int) -> tuple[Segment, ...]:
+    """Give every segment its ranks: the same number to each, unless they are known already."""
+    if all(segment.ranks is not None for segment in segments):
+        ends = [0, *(segment.ranks[1] for segment in segments if segment.ranks)]
+        starts = [segment.ranks[0] for segment in segments if segment.ranks]
+        if starts != ends[:-1] or ends[-1] != generated_rank:
+            raise AdapterError(
+                f"the segments' ranks {[segment.ranks for segment in segments]} do not cover the {generated_rank} "
+                "generated ranks in order."
+            )
+        return tuple(segments)
+    each, rest = divmod(generated_rank, len(segments))
+    if rest:
+        raise AdapterError(
+            f"{generated_rank} generated ranks cannot be shared equally by {len(segments)} segments; give each "
+            "segment its ranks=(first, past the last)."
+        )
+    return tuple(replace(segment, ranks=(i * each, (i + 1) * each)) for i, segment in enumerate(segments))
