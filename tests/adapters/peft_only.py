@@ -25,6 +25,10 @@ def load(how: str, base: str, adapter: str) -> torch.nn.Module:
         return AutoModelForImageTextToText.from_pretrained(adapter)
     if how == "text":
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    if how == "text, load_adapter":
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.load_adapter(adapter)
+        return model
     raise ValueError(how)
 
 

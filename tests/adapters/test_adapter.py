@@ -135,6 +135,29 @@ def test_the_vision_tower_of_qwen_is_left_alone(qwen, make_adapter, merged, logi
     torch.testing.assert_close(logits(model), logits(merged(qwen, adapter)), rtol=0, atol=1e-5)
 
 
+def test_a_bfloat16_base_gets_float32_adapters(vlm, make_adapter):
+    first, second = make_adapter(1), make_adapter(2)
+    model = second.attach(first.attach(copy.deepcopy(vlm).bfloat16()), "second")
+    down_proj = model.get_base_model().get_decoder().layers[1].mlp.down_proj
+    for name, adapter in {"default": first, "second": second}.items():
+        assert torch.equal(down_proj.lora_A[name].weight, adapter.weights.lora_A["down_proj"][0, 1])
+        assert torch.equal(down_proj.lora_B[name].weight, adapter.weights.lora_B["down_proj"][0, 1].T)
+
+
+def test_the_base_and_its_revision_come_from_one_source(vlm, random_weights):
+    weights = random_weights(resolve_targets(vlm, ["down_proj"]), 0)
+    base = copy.deepcopy(vlm)
+    base.config._name_or_path, base.config._commit_hash = "user/base", "a" * 40
+    for known, expected in [
+        (AdapterProvenance(), ("user/base", "a" * 40)),
+        (AdapterProvenance(base_model="user/base"), ("user/base", "a" * 40)),
+        (AdapterProvenance(base_model="user/base", base_revision="b" * 40), ("user/base", "b" * 40)),
+        (AdapterProvenance(base_model="user/other"), ("user/other", None)),
+    ]:
+        provenance = VideoAdapter.from_weights(weights, vlm=base, provenance=known).provenance
+        assert (provenance.base_model, provenance.base_revision) == expected
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [

@@ -20,6 +20,7 @@ JOBS = {
     "load_adapter": ("load_adapter", "smolvlm", "vlm"),
     "AutoModel": ("AutoModel", "smolvlm", "vlm"),
     "text": ("text", "text", "text"),
+    "text, load_adapter": ("text, load_adapter", "text", "text"),
     "text, full paths": ("text", "text", "text_subset"),
     "bfloat16": ("PeftModel", "smolvlm", "bfloat16"),
     "layers subset": ("PeftModel", "smolvlm", "subset"),

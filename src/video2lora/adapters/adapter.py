@@ -57,7 +57,7 @@ class VideoAdapter:
             weights: a batch of one with any scaling and dtype; zero rows behind its rank are cut.
             vlm: the base it was generated for.
             targets: the adapted modules of `vlm`; without it, those called like the weights in every decoder layer.
-            provenance: what is known of its origin. Base and revision are read off `vlm` where they are `None`, and
+            provenance: what is known of its origin. Base and revision are read off `vlm` if no base is named, and
                 ranks are given to segments without them, the same number to each.
 
         Raises:
@@ -75,13 +75,12 @@ class VideoAdapter:
         own_memory = {name: tensor.clone() for name, tensor in weights.lora_A.items()}  # not a view of the batch
         weights = replace(weights, lora_A=own_memory)
         provenance = provenance or AdapterProvenance()
-        config = getattr(vlm, "config", None)
-        provenance = replace(
-            provenance,
-            segments=_with_ranks(provenance.segments or (Segment(),), weights.ranks[0] - weights.static_rank),
-            base_model=provenance.base_model or getattr(config, "_name_or_path", None) or None,
-            base_revision=provenance.base_revision or getattr(config, "_commit_hash", None),
-        )
+        segments = _with_ranks(provenance.segments or (Segment(),), weights.ranks[0] - weights.static_rank)
+        provenance = replace(provenance, segments=segments)
+        name, revision = _name_and_revision(vlm)
+        if provenance.base_model in (None, name):  # else the revision would be another repository's
+            revision = provenance.base_revision or revision
+            provenance = replace(provenance, base_model=name, base_revision=revision)
         base = BaseDescription.of(vlm, targets)
         storage.check_finite(to_state_dict(weights, targets, base, "vlm"))
         return cls(weights, targets, base, provenance)
@@ -224,8 +223,7 @@ class VideoAdapter:
 
     def _check_base(self, vlm: nn.Module) -> None:
         """Refuse a base without the adapter's modules; warn about another base of the same sizes."""
-        config = getattr(vlm, "config", None)
-        name, revision = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+        name, revision = _name_and_revision(vlm)
         made_for = f"{self.provenance.base_model or 'an unnamed base'} ({self.base.model_class})"
         given = f"{name or 'an unnamed base'} ({type(vlm).__name__})"
         check_base(vlm, self.targets, self.base, made_for, given)
@@ -334,6 +332,12 @@ class VideoAdapter:
             f"{', '.join(self.targets.module_names)} of {len(self.targets.layer_indices)} layers of "
             f"{public_name(self.provenance.base_model) or self.base.model_class})"
         )
+
+
+def _name_and_revision(vlm: nn.Module) -> tuple[str | None, str | None]:
+    """Hub id or directory that a model was loaded from, and its commit, where transformers knows them."""
+    config = getattr(vlm, "config", None)
+    return getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
 
 
 def _check_shapes(weights: LoraWeights, targets: LoraTargets) -> None:

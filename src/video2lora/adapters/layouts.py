@@ -54,7 +54,8 @@ class BaseDescription:
     def of(cls, vlm: nn.Module, targets: LoraTargets) -> BaseDescription:
         """Describe `vlm`, on which `targets` were resolved."""
         names = [name for name, _ in vlm.named_modules()]
-        layers_path = next(name for name, module in vlm.named_modules() if module is decoder_layers(vlm))
+        layers = decoder_layers(vlm)
+        layers_path = next(name for name, module in vlm.named_modules() if module is layers)
         decoder_path = layers_path.rpartition(".")[0]
         wanted = set(targets.all_paths())
         in_decoder = [name for name in names if name.startswith(f"{decoder_path}.")]
@@ -63,7 +64,7 @@ class BaseDescription:
         library = type(vlm).__module__
         if getattr(transformers, type(vlm).__name__, None) is type(vlm):
             library = "transformers"  # the public place, which outlives a move of the file
-        return cls(type(vlm).__name__, library, decoder_path, len(decoder_layers(vlm)), short)
+        return cls(type(vlm).__name__, library, decoder_path, len(layers), short)
 
 
 def _matches(names: Iterable[str], target_modules: Iterable[str]) -> set[str]:
