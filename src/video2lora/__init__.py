@@ -1,1 +1,47 @@
-"""video2lora: a video becomes a LoRA adapter for the vision-language model that read it."""
+"""video2lora: turn a video into a LoRA adapter in one forward pass.
+
+Importing it registers the model with transformers' Auto classes and `pipeline("video-to-lora")`, and does nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("video2lora")
+except PackageNotFoundError:  # a source tree on the path
+    __version__ = "0.0.0"
+
+_EXPORTS = {
+    "VideoAdapter": "adapters",
+    "compose_adapters": "adapters",
+    "LoraWeights": "modeling",
+    "Video2LoraConfig": "modeling",
+    "Video2LoraModel": "modeling",
+    "Video2LoraProcessor": "modeling",
+    "inject_lora": "modeling",
+    "VideoToLoraPipeline": "pipelines",
+    "VideoError": "video",
+    "VideoFrames": "video",
+    "load_video": "video",
+    "probe_video": "video",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "_video2lora_cli" not in sys.modules:  # the command line, which must answer --help at once, imports what it needs
+    importlib.import_module(f"{__name__}.pipelines")

@@ -59,7 +59,7 @@ def resolve_commit(name_or_path: str, revision: str | None = None, **kwargs: Any
     """Commit hash of a Hub repository at `revision`; `None` for a directory or when the cache does not know it."""
     if os.path.isdir(name_or_path):
         return None
-    kwargs = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
+    kwargs = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir", "local_files_only", "subfolder")}
     try:
         path = hf_hub_download(name_or_path, "config.json", revision=revision, **kwargs)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +29,9 @@ class CheckpointError(ValueError):
 
 class CheckpointMixin:
     """The loading and saving half of [`Video2LoraModel`]."""
+
+    checkpoint_commit: str | None = None
+    """Commit of the Hub repository the hypernetwork was loaded from."""
 
     @classmethod
     def from_vlm(
@@ -84,8 +89,7 @@ class CheckpointMixin:
         """
         where, output_loading_info = kwargs.pop("base_model_name_or_path", None), kwargs.pop("output_loading_info", False)
         if config is None:
-            hub = {k: kwargs[k] for k in (*HUB_KWARGS, "revision", "subfolder") if kwargs.get(k) is not None}
-            config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path, **_hub(kwargs))
         load = super().from_pretrained  # type: ignore[misc]
         arguments = dict(kwargs, config=config, output_loading_info=True)
         try:
@@ -111,8 +115,24 @@ class CheckpointMixin:
                 model.config.base_model_name_or_path, model.config.base_model_revision = os.fspath(where), None
         else:
             model.attach_vlm(model.vlm)
+        if pretrained_model_name_or_path is not None:
+            model.checkpoint_commit = resolve_commit(os.fspath(pretrained_model_name_or_path), **_hub(kwargs))
         model.eval()
         return (model, info) if output_loading_info else model
+
+    def hypernetwork_identity(self) -> dict[str, str | None]:
+        """What identifies the hypernetwork's weights: the commit they were loaded from, or a hash of them.
+
+        Returns:
+            `hypernetwork_revision` (a commit hash of the Hub) and `hypernetwork_sha256` (where there is no commit).
+        """
+        if self.checkpoint_commit is not None:
+            return {"hypernetwork_revision": self.checkpoint_commit, "hypernetwork_sha256": None}
+        digest = sha256()
+        for name, tensor in sorted(self.hypernetwork.state_dict().items()):  # type: ignore[attr-defined]
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return {"hypernetwork_revision": None, "hypernetwork_sha256": digest.hexdigest()}
 
     def save_pretrained(
         self,
@@ -201,6 +221,11 @@ class CheckpointMixin:
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `kwargs` that say where on the Hub, or in its cache, to look."""
+    return {k: kwargs[k] for k in (*HUB_KWARGS, "revision", "subfolder") if kwargs.get(k) is not None}
 
 
 def _light_base(

@@ -131,9 +131,17 @@ class Video2LoraModel(CheckpointMixin, PreTrainedModel):
         Raises:
             ValueError: the segment counts do not add up to the batch.
         """
-        embeddings = self._embed_layers(video_inputs)
-        generated = self.hypernetwork.generate_weights(embeddings)
-        return self.hypernetwork.combine(generated, segments_per_adapter)
+        return self.hypernetwork.combine(self.generate_segments(**video_inputs), segments_per_adapter)
+
+    def generate_segments(self, **video_inputs: Tensor) -> LoraWeights:
+        """The generated part of the adapters alone, `config.rank` rows for each video, to be combined later.
+
+        `hypernetwork.combine` makes adapters of them; so the segments of a long video need not be in memory together.
+
+        Args:
+            video_inputs: as in [`internalize`].
+        """
+        return self.hypernetwork.generate_weights(self._embed_layers(video_inputs))
 
     def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
         """Stream the VLM's hidden states through the perceiver: `[batch, layers, modules * rank, latent_size]`."""

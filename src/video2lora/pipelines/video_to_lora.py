@@ -1,0 +1,224 @@
+"""Pipelines: `pipeline("video-to-lora")`, from a video in any form to a VideoAdapter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from ..adapters import AdapterProvenance, Segment, VideoAdapter
+from ..modeling.lora import stack_lora
+from ..video import VideoFrames, VideoReader, VideoSpanError
+
+SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
+
+
+class VideoToLoraPipeline(Pipeline):
+    """Turn videos into LoRA adapters.
+
+    ```python
+    from transformers import pipeline
+    import video2lora
+
+    internalize = pipeline("video-to-lora", model="user/repo")
+    adapter = internalize("clip.mp4", num_frames=12)
+    adapter.save_pretrained("clip-lora")
+    ```
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _pipeline_calls_generate = False
+
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = set(parameters) - set(SAMPLING)
+        if unknown:
+            raise TypeError(f"unknown arguments {sorted(unknown)}; a video-to-lora pipeline takes {list(SAMPLING)}.")
+        return {k: v for k, v in parameters.items() if v is not None}, {}, {}
+
+    def __call__(  # type: ignore[override]
+        self,
+        videos: Any,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        longest_edge: int | None = None,
+        chunk_seconds: float | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+    ) -> VideoAdapter | list[VideoAdapter] | Iterator[VideoAdapter]:
+        """Turn one video, or many, into adapters.
+
+        Args:
+            videos: a path, URL, bytes, file object, frames in memory (a list of images, an array or tensor
+                `[frames, height, width, 3]`), or a row `{"video": ..., "start": ..., "end": ...}`; or a list of these;
+                or a generator or dataset of them, which gives an iterator that reads as it is read.
+            num_frames: frames sampled uniformly from each video or chunk; the model's setting by default.
+            fps: frames a second instead of `num_frames`.
+            start, end: span in seconds of the file's time; a row's own go first.
+            longest_edge: pixels to which frames are shrunk.
+            chunk_seconds: cut the span into chunks of at most this length, each read by itself with `num_frames`
+                frames, and composed into one adapter of rank `(chunks + 1) * rank`.
+            batch_size: videos internalized together.
+            num_workers: processes that decode ahead.
+
+        Returns:
+            A [`VideoAdapter`], or a list or iterator of them.
+
+        Raises:
+            VideoError: a video cannot be read, or not be sampled as asked.
+        """
+        options = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
+        options["chunk_seconds"] = chunk_seconds
+        preprocess = {**self._preprocess_params, **{k: v for k, v in options.items() if v is not None}}
+        if _is_one_video(videos):
+            return self.run_single(videos, preprocess, {}, {})[0]
+        batch_size = batch_size or self._batch_size or 1
+        adapters = self.get_iterator(videos, num_workers or self._num_workers or 0, batch_size, preprocess, {}, {})
+        if not isinstance(videos, (list, tuple)):
+            return adapters
+        show = len(videos) > 1 and sys.stderr.isatty()
+        return list(tqdm(adapters, total=len(videos), desc="internalizing", unit="video", disable=not show))
+
+    def get_iterator(  # type: ignore[override]
+        self,
+        inputs: Iterable[Any],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[VideoAdapter]:
+        """Adapters of many videos, lazily; the parent's cannot collate what is not a dict of tensors."""
+        if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"):
+            dataset: Dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:
+            # several workers would each read the whole of an iterable
+            num_workers = min(num_workers, 1)
+            dataset = PipelineIterator(iter(inputs), self.preprocess, preprocess_params)
+        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_join)
+        for batch in loader:
+            yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
+
+    def preprocess(self, video: Any, **sampling: Any) -> dict[str, list[Any]]:  # type: ignore[override]
+        """Decode a video and prepare its segments for the model."""
+        if isinstance(video, Mapping) and "video" in video:
+            sampling |= {k: video[k] for k in ("start", "end") if video.get(k) is not None}
+            video = video["video"]
+        inputs, segments = [], []
+        for frames in self._segments(video, **sampling):
+            features = self.processor(frames)
+            inputs.append(dict(features))
+            segments.append(self._describe(frames, features["input_ids"]))
+        return {"inputs": inputs, "segments": [segments]}
+
+    def _segments(
+        self, video: Any, chunk_seconds: float | None = None, longest_edge: int | None = None, **sampling: Any
+    ) -> Iterator[VideoFrames]:
+        """The frames of a video, or of each of its chunks one after the other, from one opened file."""
+        if isinstance(video, VideoFrames):
+            yield video
+            return
+        if "num_frames" not in sampling and "fps" not in sampling:
+            sampling["num_frames"] = self.processor.num_frames
+        with VideoReader(video, longest_edge=longest_edge or self.processor.longest_edge) as reader:
+            spans = [sampling] if chunk_seconds is None else _chunks(reader.duration, chunk_seconds, sampling)
+            for span in spans:
+                yield reader.sample(**span)
+
+    def _describe(self, frames: VideoFrames, input_ids: torch.Tensor) -> Segment:
+        return Segment(
+            source=frames.source,
+            sha256=frames.sha256,
+            start=frames.start,
+            end=frames.end,
+            timestamps=frames.timestamps,
+            num_visual_tokens=self.processor.count_visual_tokens(input_ids),
+            prompt=self.processor.internalization_prompt,
+        )
+
+    def _forward(self, model_inputs: dict[str, list[Any]], **_: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Internalize the segments of a batch of videos, as many together as there are videos."""
+        inputs, segments = model_inputs["inputs"], model_inputs["segments"]
+        size = len(segments)
+        generated = stack_lora(
+            [self.model.generate_segments(**self.processor.pad(inputs[i : i + size])) for i in range(0, len(inputs), size)]
+        )
+        weights = self.model.hypernetwork.combine(generated, [len(parts) for parts in segments])
+        return {"weights": weights.to("cpu"), "segments": segments}
+
+    def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[VideoAdapter]:  # type: ignore[override]
+        """Adapters with their provenance."""
+        config = self.model.config
+        origin = {
+            "base_model": config.base_model_name_or_path,
+            "base_revision": config.base_model_revision,
+            "hypernetwork": self.model.name_or_path or None,
+            **self.model.hypernetwork_identity(),
+        }
+        return [
+            VideoAdapter.from_weights(
+                weights,
+                vlm=self.model.vlm,
+                targets=self.model.targets,
+                provenance=AdapterProvenance(segments=tuple(segments), **origin),
+            )
+            for weights, segments in zip(model_outputs["weights"], model_outputs["segments"], strict=True)
+        ]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model and processor; `kwargs` as for [`Video2LoraModel.save_pretrained`] (`bundle_base=True`).
+
+        The parent would copy this library's source into the folder and make loading ask for `trust_remote_code`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+def _is_one_video(videos: Any) -> bool:
+    """Whether `videos` is one video rather than a list, dataset or generator of them."""
+    if isinstance(videos, (str, Path, bytes, bytearray, Mapping, VideoFrames, np.ndarray, torch.Tensor)):
+        return True
+    if isinstance(videos, (list, tuple)):
+        return bool(videos) and _is_frame(videos[0])
+    return hasattr(videos, "read")
+
+
+def _is_frame(item: Any) -> bool:
+    """Whether `item` is a single image, so that a list of such is one video."""
+    return (hasattr(item, "mode") and hasattr(item, "convert")) or getattr(item, "ndim", 0) == 3
+
+
+def _join(items: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Preprocessed videos as one batch."""
+    return {name: [part for item in items for part in item[name]] for name in items[0]}
+
+
+def _chunks(duration: float | None, chunk_seconds: float, sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sampling options of each chunk of a span: equal parts of at most `chunk_seconds`."""
+    if chunk_seconds <= 0:
+        raise VideoSpanError(f"chunk_seconds must be positive, got {chunk_seconds}.")
+    start, end = sampling.get("start") or 0.0, sampling.get("end")
+    if duration is not None:
+        end = duration if end is None else min(end, duration)
+    if end is None:
+        raise VideoSpanError("the video does not say how long it is: pass `end=` to cut it into chunks.")
+    if end <= start:
+        return [sampling]  # the reader says what is wrong with it
+    count = int(np.ceil(round((end - start) / chunk_seconds, 6)))
+    edges = np.linspace(start, end, count + 1).tolist()
+    return [{**sampling, "start": a, "end": b} for a, b in zip(edges, edges[1:], strict=False)]
