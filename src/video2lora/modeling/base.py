@@ -70,7 +70,7 @@ def resolve_commit(name_or_path: str, revision: str | None = None, **kwargs: Any
 
 def check_same_base(expected: PreTrainedConfig, got: PreTrainedConfig, name: str) -> None:
     """Raise [`BaseModelError`] unless `got` has the architecture and sizes of `expected`, naming every difference."""
-    pairs = [("model_type", expected.model_type, got.model_type)]
+    pairs: list[tuple[str, Any, Any]] = [("model_type", expected.model_type, got.model_type)]
     ours, theirs = expected.get_text_config(), got.get_text_config()
     pairs += [(size, getattr(ours, size, None), getattr(theirs, size, None)) for size in COMPARED_SIZES]
     differences = [f"{size} {wanted} (got {found})" for size, wanted, found in pairs if wanted != found]

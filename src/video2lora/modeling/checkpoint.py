@@ -10,28 +10,53 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .base import BaseModelError, check_same_base, load_base, resolve_commit
 from .configuration import Video2LoraConfig
-from .targets import resolve_targets
+from .hypernetwork import Hypernetwork
+from .published import read_published_checkpoint
+from .targets import LoraTargets, resolve_targets
 
 HYPERNETWORK = "hypernetwork."
 HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
-BASE_KWARGS = (*HUB_KWARGS, "dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config")
-BASE_KWARGS += ("max_memory", "offload_folder")
+BASE_KWARGS = {*HUB_KWARGS, "dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config"}
+BASE_KWARGS |= {"max_memory", "offload_folder"}
 
 
 class CheckpointError(ValueError):
     """A checkpoint's tensors are not those its configuration asks for."""
 
 
-class CheckpointMixin:
+class Video2LoraPreTrainedModel(PreTrainedModel):
     """The loading and saving half of [`Video2LoraModel`]."""
 
+    config: Video2LoraConfig
+    config_class = Video2LoraConfig
+    vlm: PreTrainedModel
+    hypernetwork: Hypernetwork
+    targets: LoraTargets
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # of latent size only: bfloat16 weights there would cost digits and save next to nothing
+    _keep_in_fp32_modules_strict = ["hypernetwork"]
     checkpoint_commit: str | None = None
     """Commit of the Hub repository the hypernetwork was loaded from."""
+
+    def attach_vlm(self, vlm: PreTrainedModel) -> None:
+        """Freeze `vlm` and make it this model's base."""
+        self.vlm = vlm.eval().requires_grad_(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
     @classmethod
     def from_vlm(
@@ -60,12 +85,12 @@ class CheckpointMixin:
             commit = resolve_commit(name, revision, **kwargs) or revision
         fields.setdefault("base_model_name_or_path", name)
         fields.setdefault("base_model_revision", commit)
-        model = cls(Video2LoraConfig(vlm_config=vlm.config, **fields), vlm=vlm)  # type: ignore[call-arg]
+        model = cls(Video2LoraConfig(vlm_config=vlm.config, **fields), vlm=vlm)
         model.hypernetwork.to(vlm.device)
         return model.eval()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
@@ -89,12 +114,13 @@ class CheckpointMixin:
         """
         where, output_loading_info = kwargs.pop("base_model_name_or_path", None), kwargs.pop("output_loading_info", False)
         if config is None:
-            config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path, **_hub(kwargs))
-        load = super().from_pretrained  # type: ignore[misc]
+            config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path or "", **_hub(kwargs))
+        load: Any = super().from_pretrained
         arguments = dict(kwargs, config=config, output_loading_info=True)
         try:
             if config.bundle_base:
                 model, info = load(pretrained_model_name_or_path, *model_args, **arguments)
+                vlm = model.vlm
             else:
                 vlm = _light_base(config, vlm, where, kwargs)
                 targets = resolve_targets(vlm, config.target_modules, config.layers_to_transform)
@@ -108,17 +134,59 @@ class CheckpointMixin:
                 f"{pretrained_model_name_or_path}: tensors of other shapes than the configuration asks for: {error}"
             ) from error
         _check_loaded(str(pretrained_model_name_or_path), model, info)
-        if not config.bundle_base:
-            model.attach_vlm(vlm)
-            model.hypernetwork.to(vlm.device)
-            if where is not None:
-                model.config.base_model_name_or_path, model.config.base_model_revision = os.fspath(where), None
-        else:
-            model.attach_vlm(model.vlm)
+        model.attach_vlm(vlm)
+        model.hypernetwork.to(model.vlm.device)
+        if where is not None and not config.bundle_base:
+            model.config.base_model_name_or_path, model.config.base_model_revision = os.fspath(where), None
         if pretrained_model_name_or_path is not None:
             model.checkpoint_commit = resolve_commit(os.fspath(pretrained_model_name_or_path), **_hub(kwargs))
         model.eval()
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_frames2lora(
+        cls,
+        path: str | os.PathLike,
+        base: str | os.PathLike | PreTrainedModel | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make a model of a checkpoint of the published implementation (`*.pt`).
+
+        The file is a pickle; it is read through a reader that refuses every global such files do not hold, before
+        anything in it runs.
+
+        Args:
+            path: the file.
+            base: Hub id or directory of its base, or the loaded base; by default the name in the file.
+            revision: commit hash, branch or tag of the base.
+            kwargs: sampling fields of [`Video2LoraConfig`], which such files do not hold (`num_frames`,
+                `longest_edge`, `internalization_prompt`, `prompt_timestamps`; by default the paper's); the rest goes
+                to the base's `from_pretrained`.
+
+        Raises:
+            PublishedCheckpointError: not such a file, a foreign global, or a kind of hypernetwork that was never
+                released.
+            BaseModelError: the base cannot be had, or has other sizes than the file.
+        """
+        published = read_published_checkpoint(path)
+        in_file = published.config.pop("base_model_name_or_path")
+        fields = {k: v for k, v in published.config.items() if k not in kwargs}
+        model = cls.from_vlm(base if base is not None else in_file, revision=revision, **fields, **kwargs)
+        pairs = {
+            "decoder layers": (published.num_layers, model.hypernetwork.num_layers),
+            "hidden size": (published.hidden_size, model.config.get_text_config().hidden_size),
+            "input widths": (published.in_features, dict(model.targets.in_features)),
+            "output widths": (published.out_features, dict(model.targets.out_features)),
+        }
+        wrong = [f"{what} {theirs} (got {ours})" for what, (theirs, ours) in pairs.items() if theirs != ours]
+        if wrong:
+            raise BaseModelError(
+                f"{model.config.base_model_name_or_path!r} is not the base of {os.fspath(path)!r}, which was made for "
+                f"{in_file!r}: expected {', '.join(wrong)}."
+            )
+        model.hypernetwork.load_state_dict(published.state_dict)
+        return model
 
     def hypernetwork_identity(self) -> dict[str, str | None]:
         """What identifies the hypernetwork's weights: the commit they were loaded from, or a hash of them.
@@ -129,12 +197,12 @@ class CheckpointMixin:
         if self.checkpoint_commit is not None:
             return {"hypernetwork_revision": self.checkpoint_commit, "hypernetwork_sha256": None}
         digest = sha256()
-        for name, tensor in sorted(self.hypernetwork.state_dict().items()):  # type: ignore[attr-defined]
+        for name, tensor in sorted(self.hypernetwork.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {"hypernetwork_revision": None, "hypernetwork_sha256": digest.hexdigest()}
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -158,7 +226,7 @@ class CheckpointMixin:
         Raises:
             ValueError: a light checkpoint of a model without a named base: nobody could load it.
         """
-        model: Any = self
+        model = self
         if not bundle_base and not model.config.base_model_name_or_path:
             raise ValueError(
                 "the base of this model has no name or path, so a light checkpoint could not be loaded again: save the "
@@ -175,7 +243,7 @@ class CheckpointMixin:
         model.config.bundle_base = bundle_base
         try:
             with TemporaryDirectory(prefix=".saving-", dir=target) as staging:
-                super().save_pretrained(  # type: ignore[misc]
+                super().save_pretrained(
                     staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs
                 )
                 _publish(Path(staging), target)
@@ -185,7 +253,7 @@ class CheckpointMixin:
             hub = {k: kwargs[k] for k in ("token", "private", "revision", "commit_message") if k in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or target.name, bundle_base=bundle_base, **hub)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -212,7 +280,7 @@ class CheckpointMixin:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, bundle_base=bundle_base, **kwargs)
             if not api.file_exists(repo_id, "README.md", revision=revision):
-                card = model_card(repo_id, self.config)  # type: ignore[attr-defined]
+                card = model_card(repo_id, self.config)
                 (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             return api.upload_folder(
                 repo_id=repo_id,
@@ -239,7 +307,7 @@ def _light_base(
         arguments = {k: v for k, v in kwargs.items() if k in BASE_KWARGS}
         vlm = load_base(name, None if where is not None else config.base_model_revision, **arguments)
     if config.vlm_config is not None:
-        check_same_base(config.vlm_config, vlm.config, vlm.name_or_path or name or type(vlm).__name__)  # type: ignore[arg-type]
+        check_same_base(config.vlm_config, vlm.config, vlm.name_or_path or name or type(vlm).__name__)
     return vlm
 
 

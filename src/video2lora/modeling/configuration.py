@@ -51,7 +51,7 @@ class Video2LoraConfig(PreTrainedConfig):
     model_type = "video2lora"
     sub_configs = {"vlm_config": AutoConfig}
 
-    vlm_config: dict[str, Any] | PreTrainedConfig | None = None
+    vlm_config: Any = None  # a PreTrainedConfig, or its dict until __post_init__
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     bundle_base: bool = False
@@ -97,9 +97,8 @@ class Video2LoraConfig(PreTrainedConfig):
                 f"this checkpoint has format_version {self.format_version}, but this video2lora reads up to "
                 f"{FORMAT_VERSION}: upgrade with `pip install -U video2lora`."
             )
-        positive = ("rank", "latent_size", "num_latents", "num_blocks", "num_frames", "perceiver_head_dim")
-        positive += ("perceiver_num_heads", "perceiver_num_key_value_heads")
-        for name in positive:
+        positive = ["rank", "latent_size", "num_latents", "num_blocks", "num_frames", "perceiver_head_dim"]
+        for name in [*positive, "perceiver_num_heads", "perceiver_num_key_value_heads"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("num_self_attn_per_block", "num_pre_head_layers"):
@@ -115,6 +114,11 @@ class Video2LoraConfig(PreTrainedConfig):
                 "target_modules must be names of Linear modules inside a decoder layer, such as 'down_proj', without "
                 f"dots; got {list(self.target_modules)}."
             )
+        if self.layers_to_transform is not None and min(self.layers_to_transform, default=-1) < 0:
+            raise ValueError(
+                "layers_to_transform must be None (all) or numbers of decoder layers counted from 0; got "
+                f"{list(self.layers_to_transform)}."
+            )
         if self.longest_edge is not None and self.longest_edge < 1:
             raise ValueError(f"longest_edge must be at least 1 pixel or None, got {self.longest_edge}.")
         if self.prompt_timestamps not in ("span", "file"):
@@ -128,7 +132,7 @@ class Video2LoraConfig(PreTrainedConfig):
 
 
 def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"vlm_config has model_type {model_type!r}, which this transformers does not know; "

@@ -135,7 +135,7 @@ class Hypernetwork(nn.Module):
             return torch.cat([self.perceiver.project(chunk) for chunk in chunks])
 
     def read(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Read projected tokens `[batch, tokens, latent_size]` into `[batch, modules * rank, latent_size]`, in float32."""
+        """Read projected tokens `[batch, tokens, latent_size]` into `[batch, modules * rank, latent_size]`."""
         with torch.autocast(tokens.device.type, enabled=False):
             return self.perceiver.read(tokens, mask)
 
@@ -147,7 +147,7 @@ class Hypernetwork(nn.Module):
             padding: which tokens count; padding is dropped, not computed.
 
         Returns:
-            `[batch, modules * rank, latent_size]`, float32.
+            `[batch, modules * rank, latent_size]`, in the weights' dtype (float32).
         """
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self._embed, hidden_states, padding, use_reentrant=False)
@@ -171,7 +171,8 @@ class Hypernetwork(nn.Module):
             Adapters of `rank` rows, without the static part.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            # float32, unless somebody cast the weights (FSDP's mixed precision does)
+            embeddings = embeddings.to(self.head[self.module_names[0]].dtype)
             for mlp in self.residual_mlps:
                 embeddings = mlp(embeddings)
             norm = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
@@ -213,10 +214,10 @@ class Hypernetwork(nn.Module):
                 adapters.append(torch.cat(rows, dim=1))
             return torch.stack(adapters)
 
-        bias_A, bias_B = (self.bias_A, self.bias_B) if self.use_static_lora else ({}, {})
+        static = self.use_static_lora
         return LoraWeights(
-            {n: join(a, bias_A[n] if n in bias_A else None) for n, a in generated.lora_A.items()},
-            {n: join(b, bias_B[n] if n in bias_B else None) for n, b in generated.lora_B.items()},
+            {n: join(a, self.bias_A[n] if static else None) for n, a in generated.lora_A.items()},
+            {n: join(b, self.bias_B[n] if static else None) for n, b in generated.lora_B.items()},
             generated.scaling,
             tuple(count * self.rank + static_rank for count in counts),
             static_rank,

@@ -50,7 +50,9 @@ def inject_lora(
                 )
 
                 def add_delta(module, args, output, delta=delta):
-                    return output + delta(args[0]) if threading.get_ident() == thread else None
+                    if threading.get_ident() != thread:
+                        return None
+                    return output + delta(args[0]).to(output.dtype)  # a quantised module's may not be its weight's
 
                 hooks.callback(module.register_forward_hook(add_delta).remove)
         yield
@@ -60,7 +62,7 @@ class _LoraDelta:
     """The update of one Linear module: `scaling * lora_B^T (lora_A x)` for every row."""
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, counts: list[int], module: nn.Module) -> None:
-        weight = module.weight
+        weight: Tensor = module.weight  # type: ignore[assignment]
         # a quantised weight's dtype is storage, not what the module computes in
         dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else lora_A.dtype
         self.lora_A = lora_A.to(weight.device, dtype).transpose(1, 2)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .checkpoint import CheckpointMixin
+from .checkpoint import Video2LoraPreTrainedModel
 from .configuration import Video2LoraConfig
 from .hypernetwork import Hypernetwork, Padding
 from .injection import inject_lora
@@ -44,7 +44,7 @@ class Video2LoraOutput(ModelOutput):
     lora: LoraWeights | None = None
 
 
-class Video2LoraModel(CheckpointMixin, PreTrainedModel):
+class Video2LoraModel(Video2LoraPreTrainedModel):
     """A frozen vision-language model and the hypernetwork that writes LoRA adapters for it from videos.
 
     `internalize` turns videos into adapters in one forward pass; `generate` answers questions with them, without a
@@ -61,17 +61,6 @@ class Video2LoraModel(CheckpointMixin, PreTrainedModel):
         ValueError: neither a base nor its configuration was given, or the base lacks the target modules.
     """
 
-    config_class = Video2LoraConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # of latent size only: bfloat16 weights there would cost digits and save next to nothing
-    _keep_in_fp32_modules_strict = ["hypernetwork"]
-
     def __init__(
         self, config: Video2LoraConfig, vlm: PreTrainedModel | None = None, targets: LoraTargets | None = None
     ) -> None:
@@ -81,21 +70,14 @@ class Video2LoraModel(CheckpointMixin, PreTrainedModel):
         if vlm is None and targets is None:
             vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.vlm: PreTrainedModel = None  # type: ignore[assignment]
-        if targets is None:
+        if targets is None and vlm is not None:
             targets = resolve_targets(vlm, config.target_modules, config.layers_to_transform)
+        assert targets is not None
         self.targets = targets
         self.hypernetwork = Hypernetwork(config, targets, config.get_text_config().hidden_size)
         if vlm is not None:
             self.attach_vlm(vlm)
         self.post_init()
-
-    def attach_vlm(self, vlm: PreTrainedModel) -> None:
-        """Freeze `vlm` and make it this model's base."""
-        self.vlm = vlm.eval().requires_grad_(False)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
 
     def train(self, mode: bool = True) -> Video2LoraModel:
         """Set training mode on the hypernetwork; the frozen base stays in evaluation mode."""
@@ -104,7 +86,7 @@ class Video2LoraModel(CheckpointMixin, PreTrainedModel):
             self.vlm.eval()
         return self
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         # Recomputing the VLM in the backward pass would run it after the adapters are taken off: perceiver only.
         self.hypernetwork.gradient_checkpointing = enable
 
@@ -217,7 +199,7 @@ class Video2LoraModel(CheckpointMixin, PreTrainedModel):
             lora = self._as_lora(adapters)
         with self._adapted(lora, input_ids.shape[0], queries_per_video):
             outputs = self.vlm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden_states, lm_head = outputs.last_hidden_state, self.vlm.get_output_embeddings()
+        hidden_states, lm_head = outputs.last_hidden_state, self.get_output_embeddings()
         if labels is None:
             return Video2LoraOutput(logits=lm_head(hidden_states), lora=lora)
         labelled = labels[:, 1:] != -100
@@ -255,7 +237,8 @@ class Video2LoraModel(CheckpointMixin, PreTrainedModel):
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         with self._adapted(self._as_lora(adapters), input_ids.shape[0], queries_per_adapter):
-            return self.vlm.generate(input_ids=input_ids, **kwargs)
+            generate: Any = self.vlm.generate
+            return generate(input_ids=input_ids, **kwargs)
 
     def _pad_token_id(self) -> int | None:
         """A pad id inside the vocabulary: SmolVLM2's own top-level one, 128002, is not."""

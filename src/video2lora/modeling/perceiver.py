@@ -88,7 +88,7 @@ class LatentLayer(nn.Module):
         """
         normed = self.latent_norm(latents)
         queries = self.q_proj(normed).unflatten(-1, (self.num_key_value_heads, -1, self.head_dim))
-        if folded:
+        if folded and context is not None:
             attended = self._attend_folded(queries, normed, context, context_mask)
         else:
             attended = self._attend_plain(queries, normed, context, context_mask)
@@ -99,7 +99,9 @@ class LatentLayer(nn.Module):
         self, queries: Tensor, normed: Tensor, context: Tensor | None, context_mask: Tensor | None
     ) -> Tensor:
         # queries [b, n, g, h, d]: g key/value groups of h query heads each
-        tokens = normed if context is None else torch.cat([self.context_norm(context), normed], dim=1)
+        tokens = normed
+        if context is not None and self.context_norm is not None:
+            tokens = torch.cat([self.context_norm(context), normed], dim=1)
         keys = self.k_proj(tokens).unflatten(-1, (self.num_key_value_heads, self.head_dim))
         values = self.v_proj(tokens).unflatten(-1, (self.num_key_value_heads, self.head_dim))
         scores = torch.einsum("bnghd,btgd->bghnt", queries, keys) / math.sqrt(self.head_dim)
@@ -115,6 +117,7 @@ class LatentLayer(nn.Module):
         folded = torch.einsum("bnghd,gde->bnghe", queries, key_weight) / math.sqrt(self.head_dim)
         shape = folded.shape[1:4]
         folded = folded.flatten(1, 3)
+        assert self.context_norm is not None
         weight = self.context_norm.weight
         token_scores = ((weight * folded).to(unit.dtype) @ unit.transpose(1, 2)).to(folded.dtype)
         if context_mask is not None:

@@ -162,8 +162,9 @@ class Video2LoraProcessor(ProcessorMixin):
                 content += [{"type": "text", "text": stamp}, {"type": "image", "image": frame}]
             content.append({"type": "text", "text": "\n\n" + self.internalization_prompt})
             arguments = {"do_image_splitting": False}
-        features = self.vlm_processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+        messages: list[Any] = [{"role": "user", "content": content}]
+        features: Any = self.vlm_processor.apply_chat_template(
+            messages,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -191,7 +192,7 @@ class Video2LoraProcessor(ProcessorMixin):
         """How many of `input_ids` stand for pixels."""
         names = ("image_token_id", "video_token_id")
         ids = {getattr(self.vlm_processor, name, None) for name in names} - {None}
-        return int(sum((input_ids == token).sum() for token in ids))
+        return int(torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device)).sum())
 
     # --- text ------------------------------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ class Video2LoraProcessor(ProcessorMixin):
 
     def render(self, prompt: str, response: str | None = None) -> str:
         """The chat template's text of a question, or of a whole turn with its answer."""
-        messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         if response is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
         return self.vlm_processor.apply_chat_template(
@@ -288,7 +289,9 @@ class Video2LoraProcessor(ProcessorMixin):
         return [*written, str(target / "processor_config.json")]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Any:
         """Load a processor saved by [`save_pretrained`], or that of a model's base where only the model was saved.
 
         Args:

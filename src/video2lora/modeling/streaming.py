@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,7 +26,8 @@ def stream_hidden_states(
 ) -> None:
     """Run `vlm` over `inputs` without gradients and hand over what enters each decoder layer as it runs.
 
-    No stack of all layers' hidden states ever exists, nor logits or a cache.
+    No stack of all layers' hidden states ever exists, nor logits or a cache. Only this thread's forward pass is read
+    and left early: others may use the same base meanwhile.
 
     Args:
         vlm: the frozen base.
@@ -37,12 +39,14 @@ def stream_hidden_states(
             A sharded model (FSDP) must run to its end.
     """
     layers = decoder_layers(vlm)
-    grad_enabled = torch.is_grad_enabled()
+    grad_enabled, thread = torch.is_grad_enabled(), threading.get_ident()
     with ExitStack() as hooks:
         for position, index in enumerate(layer_indices):
             last = stop_early and position == len(layer_indices) - 1
 
             def hand_over(module, args, kwargs, position=position, last=last):
+                if threading.get_ident() != thread:
+                    return
                 hidden_states = args[0] if args else kwargs["hidden_states"]
                 with torch.set_grad_enabled(grad_enabled):
                     consume(position, hidden_states.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -40,8 +41,8 @@ def decoder_layers(vlm: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: the model has no such list of layers.
     """
-    decoder = vlm.get_decoder() if hasattr(vlm, "get_decoder") else None
-    layers = getattr(decoder, "layers", None)
+    get_decoder: Any = getattr(vlm, "get_decoder", None)
+    layers = getattr(get_decoder(), "layers", None) if get_decoder is not None else None
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise ValueError(
             f"{type(vlm).__name__} has no decoder layers at `get_decoder().layers`; video2lora works on models behind "

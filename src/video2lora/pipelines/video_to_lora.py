@@ -16,7 +16,7 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from ..adapters import AdapterProvenance, Segment, VideoAdapter
-from ..modeling.lora import stack_lora
+from ..modeling import Video2LoraModel, Video2LoraProcessor, stack_lora
 from ..video import VideoFrames, VideoReader, VideoSpanError
 
 SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
@@ -35,11 +35,13 @@ class VideoToLoraPipeline(Pipeline):
     ```
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
+    model: Video2LoraModel
+    processor: Video2LoraProcessor
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
     _pipeline_calls_generate = False
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -94,7 +96,7 @@ class VideoToLoraPipeline(Pipeline):
         show = len(videos) > 1 and sys.stderr.isatty()
         return list(tqdm(adapters, total=len(videos), desc="internalizing", unit="video", disable=not show))
 
-    def get_iterator(  # type: ignore[override]
+    def get_iterator(
         self,
         inputs: Iterable[Any],
         num_workers: int,
@@ -161,10 +163,10 @@ class VideoToLoraPipeline(Pipeline):
         weights = self.model.hypernetwork.combine(generated, [len(parts) for parts in segments])
         return {"weights": weights.to("cpu"), "segments": segments}
 
-    def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[VideoAdapter]:  # type: ignore[override]
+    def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[VideoAdapter]:
         """Adapters with their provenance."""
         config = self.model.config
-        origin = {
+        origin: dict[str, Any] = {
             "base_model": config.base_model_name_or_path,
             "base_revision": config.base_model_revision,
             "hypernetwork": self.model.name_or_path or None,
