@@ -188,16 +188,17 @@ class _Run:
     def _packets_from(self, key: int) -> tuple[Iterable[av.Packet | None], int]:
         """The packets from keyframe `key` or an earlier one on, and which one it is."""
         decoder, index = self._decoder, self._index
-        for candidate in () if index.counted else sorted({key, max(key - 1, 0), max(key - 4, 0)}, reverse=True):
+        # Seeking is a request: some formats go by presentation times, some by decoding times, some by other clocks.
+        requests = (index.key_pts[key], *index.key_dts[[key, max(key - 1, 0), max(key - 4, 0)]])
+        for time in () if index.counted else requests:
             try:
-                decoder.container.seek(int(index.key_dts[candidate]), stream=decoder.stream)
+                decoder.container.seek(int(time), stream=decoder.stream)
             except av.FFmpegError:
                 break  # a format that cannot seek
             stream_packets = packets(decoder.container, decoder.stream)
             first = next((p for p in stream_packets if p is not None and p.is_keyframe and p.pts is not None), None)
             if first is None:
                 continue
-            # Seeking is a request: some formats go by other clocks and land behind.
             landed = int(np.searchsorted(index.key_pts, first.pts or 0))
             if landed <= key and index.key_pts[landed] == first.pts:
                 return chain([first], stream_packets), landed

@@ -15,7 +15,7 @@ from .pixels import FrameConverter
 from .sampling import end_of_display
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VideoFrames:
     """Frames sampled from one video, and what they really are.
 
