@@ -67,6 +67,9 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         super().__init__(config)
         if config.vlm_config is None:
             raise ValueError("config.vlm_config is None: use Video2LoraModel.from_vlm(name) to start from a base model.")
+        if vlm is not None:
+            for module in vlm.modules():  # post_init() must not draw its weights anew
+                module.__dict__["_is_hf_initialized"] = True
         if vlm is None and targets is None:
             vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
         self.vlm: PreTrainedModel = None  # type: ignore[assignment]
@@ -160,7 +163,9 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
     def _to_vlm(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(self.vlm.device, self.vlm.dtype if value.is_floating_point() else None)
+        # pixels take the base's dtype; a number for each video (Qwen's seconds per grid step) must not be rounded
+        pixels = value.is_floating_point() and value.dim() > 1
+        return value.to(self.vlm.device, self.vlm.dtype if pixels else None)
 
     # --- adapter to answers ----------------------------------------------------------------------------------------
 
