@@ -29,7 +29,8 @@ HUB_ERRORS = (
     OSError,
     ValueError,
 )
-COMPARED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+COMPARED_SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+COMPARED_SIZES += ["num_key_value_heads", "head_dim", "vocab_size"]
 
 
 class BaseModelError(OSError):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from .targets import LoraTargets, resolve_targets
 
 HYPERNETWORK = "hypernetwork."
 HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
+WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 BASE_KWARGS = {*HUB_KWARGS, "dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config"}
 BASE_KWARGS |= {"max_memory", "offload_folder"}
 
@@ -48,6 +50,12 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["hypernetwork"]
     checkpoint_commit: str | None = None
     """Commit of the Hub repository the hypernetwork was loaded from."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype, which a bundled checkpoint is loaded in again; the hypernetwork's own is float32."""
+        vlm = getattr(self, "vlm", None)  # attached late
+        return super().dtype if vlm is None else vlm.dtype
 
     def attach_vlm(self, vlm: PreTrainedModel) -> None:
         """Freeze `vlm` and make it this model's base."""
@@ -110,15 +118,22 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
 
         Raises:
             BaseModelError: the base is missing, gated, not at its pinned revision, of other sizes, or out of reach.
-            CheckpointError: a hypernetwork tensor is missing, unexpected or of another shape.
+            CheckpointError: a tensor is missing, unexpected or of another shape, or the file is damaged.
+            ValueError: not a video2lora checkpoint, or a base was given to a bundled one.
         """
         where, output_loading_info = kwargs.pop("base_model_name_or_path", None), kwargs.pop("output_loading_info", False)
         if config is None:
             config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path or "", **_hub(kwargs))
         load: Any = super().from_pretrained
-        arguments = dict(kwargs, config=config, output_loading_info=True)
+        # tensors of another shape are told to us, with their names, and refused below
+        arguments = dict(kwargs, config=config, output_loading_info=True, ignore_mismatched_sizes=True)
         try:
             if config.bundle_base:
+                if vlm is not None or where is not None:
+                    raise ValueError(
+                        f"{pretrained_model_name_or_path} holds its base itself (bundle_base): leave out `vlm=` and "
+                        "`base_model_name_or_path=`."
+                    )
                 model, info = load(pretrained_model_name_or_path, *model_args, **arguments)
                 vlm = model.vlm
             else:
@@ -127,11 +142,10 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
                 for name in ("device_map", "quantization_config", "attn_implementation"):
                     arguments.pop(name, None)
                 model, info = load(pretrained_model_name_or_path, *model_args, targets=targets, **arguments)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error) and "mismatch" not in str(error):
-                raise
+        except SafetensorError as error:
             raise CheckpointError(
-                f"{pretrained_model_name_or_path}: tensors of other shapes than the configuration asks for: {error}"
+                f"{pretrained_model_name_or_path}: its weight file is damaged or cut short ({error}). Fetch or save it "
+                "again."
             ) from error
         _check_loaded(str(pretrained_model_name_or_path), model, info)
         model.attach_vlm(vlm)
@@ -276,11 +290,13 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         from video2lora.hub_cards import model_card
 
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, bundle_base=bundle_base, **kwargs)
+            self.save_pretrained(folder, bundle_base=bundle_base, **kwargs)  # what cannot be saved makes no repository
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/pr"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             if not api.file_exists(repo_id, "README.md", revision=revision):
-                card = model_card(repo_id, self.config)
+                card = model_card(repo_id, Video2LoraConfig.from_pretrained(folder))
                 (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             return api.upload_folder(
                 repo_id=repo_id,
@@ -288,6 +304,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
                 commit_message=commit_message or f"Upload {type(self).__name__}",
                 revision=revision,
                 create_pr=create_pr,
+                delete_patterns=WEIGHT_FILES,  # of an earlier push: a stale file would be loaded instead of shards
             )
 
 
@@ -334,6 +351,6 @@ def _publish(staging: Path, target: Path) -> None:
         os.replace(path, target / path.name)
     names = {path.name for path in written}
     if names:
-        for stale in [*target.glob("model*.safetensors"), *target.glob("model.safetensors.index.json")]:
+        for stale in [path for pattern in WEIGHT_FILES for path in target.glob(pattern)]:
             if stale.name not in names:
                 stale.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -89,6 +90,20 @@ class Video2LoraConfig(PreTrainedConfig):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
         super().__post_init__(**kwargs)
         self.check()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As in transformers, but no file, or another model's, is an error and not a configuration of defaults."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type")
+        if model_type is None:
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json of a video2lora model.")
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a {model_type!r} model, not a {cls.model_type!r} one; to start from "
+                "a base model use Video2LoraModel.from_vlm(name)."
+            )
+        return config_dict, kwargs
 
     def check(self) -> None:
         """Raise `ValueError` naming the first field that is out of its range."""
