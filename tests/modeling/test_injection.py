@@ -1,0 +1,241 @@
+"""Injection: each row gets what merging its adapter into a copy of the base gives, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from video2lora.modeling import inject_lora, resolve_targets
+
+from .helpers import assert_unchanged, merged, num_hooks, random_lora, snapshot, text_batch
+
+MODULES = ["down_proj", "o_proj", "q_proj"]
+
+
+@pytest.fixture(scope="module")
+def targets(smolvlm):
+    return resolve_targets(smolvlm.vlm, MODULES)
+
+
+@pytest.fixture(scope="module")
+def adapters(targets):
+    return random_lora(targets, 3)
+
+
+@pytest.fixture(scope="module")
+def merged_bases(smolvlm, targets, adapters):
+    return [merged(smolvlm.vlm, targets, adapter) for adapter in adapters]
+
+
+@torch.no_grad()
+def logits(vlm, input_ids):
+    return vlm(input_ids=input_ids).logits
+
+
+def assert_rows(ours, bases, owners, queries):
+    """Row i of `ours` is what base `owners[i]` says to query i, and not what the others say."""
+    for row, owner in enumerate(owners):
+        torch.testing.assert_close(
+            ours[row : row + 1], logits(bases[owner], queries[row : row + 1]), atol=2e-5, rtol=0
+        )
+        for other in set(range(len(bases))) - {owner}:
+            assert (ours[row] - logits(bases[other], queries[row : row + 1])[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "counts, owners",
+    [
+        (1, [0, 1, 2]),
+        ([1, 1, 1], [0, 1, 2]),
+        (2, [0, 0, 1, 1, 2, 2]),
+        ([2, 2, 2], [0, 0, 1, 1, 2, 2]),
+        ([1, 3, 2], [0, 1, 1, 1, 2, 2]),
+    ],
+)
+def test_every_row_gets_its_own_adapter(smolvlm, targets, adapters, merged_bases, counts, owners):
+    queries = text_batch(len(owners))
+    with inject_lora(smolvlm.vlm, targets, adapters, counts):
+        ours = logits(smolvlm.vlm, queries)
+    assert_rows(ours, merged_bases, owners, queries)
+    assert num_hooks(smolvlm.vlm) == 0
+
+
+def test_one_adapter_answers_every_row(smolvlm, targets, adapters, merged_bases):
+    queries = text_batch(4)
+    with inject_lora(smolvlm.vlm, targets, adapters[1]):
+        assert_rows(logits(smolvlm.vlm, queries), merged_bases, [1] * 4, queries)
+        assert_rows(logits(smolvlm.vlm, queries[:1]), merged_bases, [1], queries)
+
+
+def test_every_family(family):
+    targets = resolve_targets(family.vlm, ["down_proj"])
+    assert len(targets.all_paths()) == 4 and not any("vis" in path for path in targets.all_paths())
+    adapters, queries = random_lora(targets, 2), text_batch(3)
+    with inject_lora(family.vlm, targets, adapters, [1, 2]):
+        ours = logits(family.vlm, queries)
+    assert_rows(ours, [merged(family.vlm, targets, adapter) for adapter in adapters], [0, 1, 1], queries)
+
+
+@pytest.mark.parametrize("counts, owners", [([1, 1], [0, 1]), ([2, 1], [0, 0, 1])])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 4, "num_return_sequences": 2}],
+)
+def test_generation_multiplies_rows(smolvlm, targets, adapters, merged_bases, counts, owners, arguments):
+    queries = text_batch(len(owners))
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 2} | arguments
+    pair = type(adapters)(
+        {n: a[:2] for n, a in adapters.lora_A.items()},
+        {n: b[:2] for n, b in adapters.lora_B.items()},
+        adapters.scaling,
+        (4, 4),
+    )
+    if arguments.get("do_sample"):
+        # what is drawn depends on the batch: score the draws with the merged bases instead
+        arguments |= {"output_scores": True, "return_dict_in_generate": True, "top_k": 0}
+        with inject_lora(smolvlm.vlm, targets, pair, counts):
+            drawn = smolvlm.vlm.generate(input_ids=queries, **arguments)
+        for row, sequence in enumerate(drawn.sequences):
+            expected = logits(merged_bases[owners[row // 2]], sequence[None])[0, -2].log_softmax(-1)
+            given = drawn.scores[-1][row].log_softmax(-1)
+            allowed = given.isfinite()  # min_new_tokens forbids the end
+            torch.testing.assert_close(given[allowed], expected[allowed].log_softmax(-1), atol=1e-4, rtol=0)
+        return
+    with inject_lora(smolvlm.vlm, targets, pair, counts):
+        ours = smolvlm.vlm.generate(input_ids=queries, **arguments)
+    alone = [
+        merged_bases[owner].generate(input_ids=queries[row : row + 1], **arguments) for row, owner in enumerate(owners)
+    ]
+    assert ours.tolist() == torch.cat(alone).tolist()
+
+
+def test_an_exception_leaves_nothing(smolvlm, targets, adapters):
+    vlm, queries = smolvlm.vlm, text_batch(3)
+    weights, before = snapshot(vlm), logits(vlm, queries)
+    with pytest.raises(KeyError), inject_lora(vlm, targets, adapters):
+        logits(vlm, queries)
+        raise KeyError
+    with pytest.raises(ValueError, match="4 rows.*3 rows"), inject_lora(vlm, targets, adapters):
+        logits(vlm, text_batch(4))
+    assert num_hooks(vlm) == 0
+    assert_unchanged(vlm, weights)
+    assert torch.equal(logits(vlm, queries), before)
+
+
+def test_nested_blocks_add_up(smolvlm, targets, adapters):
+    queries, other = text_batch(1), random_lora(targets, 1, rank=2, seed=5, scaling=1.5)
+    one, both = merged(smolvlm.vlm, targets, adapters[0]), merged(smolvlm.vlm, targets, adapters[0], other)
+    with inject_lora(smolvlm.vlm, targets, adapters[0]):
+        with inject_lora(smolvlm.vlm, targets, other):
+            torch.testing.assert_close(logits(smolvlm.vlm, queries), logits(both, queries), atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits(smolvlm.vlm, queries), logits(one, queries), atol=2e-5, rtol=0)
+
+
+def test_threads_answer_with_their_own_adapters(smolvlm, targets, adapters):
+    queries, rounds = text_batch(2), 20
+    alone = []
+    for adapter in adapters:
+        with inject_lora(smolvlm.vlm, targets, adapter):
+            alone.append(logits(smolvlm.vlm, queries))
+    base = logits(smolvlm.vlm, queries)
+    barrier, wrong = threading.Barrier(4), []
+
+    def answer(index: int) -> None:
+        barrier.wait()
+        for _ in range(rounds):
+            if index == 3:
+                wrong.extend([] if torch.equal(logits(smolvlm.vlm, queries), base) else [index])
+                continue
+            with inject_lora(smolvlm.vlm, targets, adapters[index]):
+                wrong.extend([] if torch.equal(logits(smolvlm.vlm, queries), alone[index]) else [index])
+
+    threads = [threading.Thread(target=answer, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and num_hooks(smolvlm.vlm) == 0
+
+
+def test_gradients_reach_every_tensor_and_no_weight(smolvlm, targets, make_model):
+    """Against autograd through weights that were merged by hand."""
+    adapters, queries = random_lora(targets, 2, rank=2), text_batch(3)
+    tensors = [*adapters.lora_A.values(), *adapters.lora_B.values()]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    base = copy.deepcopy(smolvlm.vlm).requires_grad_(False)
+    with inject_lora(base, targets, adapters, [1, 2]):
+        loss = base(input_ids=queries).logits.square().mean(dim=(1, 2)).sum()
+    ours = torch.autograd.grad(loss, tensors)
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+    expected = 0
+    for rows, index in ((queries[:1], 0), (queries[1:], 1)):
+        weights = {}
+        for name, paths in targets.paths.items():
+            for place, path in enumerate(paths):
+                a, b = adapters.lora_A[name][index, place], adapters.lora_B[name][index, place]
+                weights[f"{path}.weight"] = base.get_submodule(path).weight + adapters.scaling * b.T @ a
+        output = torch.func.functional_call(base, weights, kwargs={"input_ids": rows})
+        expected = expected + output.logits.square().mean(dim=(1, 2)).sum()
+    for mine, wanted in zip(ours, torch.autograd.grad(expected, tensors), strict=True):
+        assert wanted.abs().flatten(1).max(1).values.min() > 0
+        assert (mine - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(smolvlm, targets, adapters, merged_bases, dtype):
+    """The base's dtype is that of its answers; float32 adapters follow it."""
+    base, queries = copy.deepcopy(smolvlm.vlm).to(dtype), text_batch(3)
+    with inject_lora(base, targets, adapters):
+        ours = logits(base, queries)
+    assert ours.dtype == dtype
+    exact = torch.cat([logits(merged_bases[row], queries[row : row + 1]) for row in range(3)])
+    assert (ours - exact).norm() < (0.05 if dtype is torch.bfloat16 else 1e-5) * exact.norm()
+
+
+def test_autocast(smolvlm, targets, adapters, merged_bases):
+    queries = text_batch(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16), inject_lora(smolvlm.vlm, targets, adapters):
+        ours = logits(smolvlm.vlm, queries)
+    exact = torch.cat([logits(merged_bases[row], queries[row : row + 1]) for row in range(3)])
+    assert ours.dtype == torch.bfloat16 and (ours - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [1, 1, 0], [1, 1, 1, 1], 0])
+def test_counts_that_do_not_fit(smolvlm, targets, adapters, counts):
+    with pytest.raises(ValueError, match="positive number for each of 3 adapters"):
+        with inject_lora(smolvlm.vlm, targets, adapters, counts):
+            raise AssertionError("entered")
+
+
+def test_adapters_of_another_base(smolvlm, targets, adapters):
+    from video2lora.testing import tiny_smolvlm
+
+    wider = resolve_targets(tiny_smolvlm(intermediate_size=96)[0], MODULES)
+    for wrong in (random_lora(wider, 3), random_lora(resolve_targets(smolvlm.vlm, ["down_proj"]), 3)):
+        with pytest.raises(ValueError, match=r"expected \(layers, d_in, d_out\).*\(4, 128, 64\).*got.*another base"):
+            with inject_lora(smolvlm.vlm, targets, wrong):
+                raise AssertionError("entered")
+    assert num_hooks(smolvlm.vlm) == 0
+
+
+@pytest.mark.parametrize(
+    "modules, layers, words",
+    [
+        (["mlp"], None, "0 Linear modules called 'mlp'.*down_proj"),
+        (["qkv"], None, "0 Linear modules called 'qkv'"),
+        (["down_proj"], [0, 4], r"\[0, 4\] must lie in 0..3"),
+    ],
+)
+def test_targets_that_do_not_exist(qwen, modules, layers, words):
+    with pytest.raises(ValueError, match=words):
+        resolve_targets(qwen.vlm, modules, layers)
+
+
+def test_a_model_without_decoder_layers():
+    with pytest.raises(ValueError, match="Linear has no decoder layers"):
+        resolve_targets(torch.nn.Linear(2, 2), ["down_proj"])
