@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ def test_plain_rows_and_absent_values() -> None:
     assert [row["queries"][0]["response"] for row in loaded] == ["A dog.", None, None, None]
     assert loaded["id"][3] == "7"
     assert list(load_rows(loaded)) == list(loaded), "loading twice changes nothing"
+
+
+def test_an_answer_may_be_null_for_a_teacher_to_fill() -> None:
+    turns = chat()
+    turns[1]["content"] = None
+    assert load_rows([{"video": "a.mp4", "messages": turns}])[0]["queries"] == [
+        {"prompt": "What?", "response": None},
+        {"prompt": "Where?", "response": "At home."},
+    ]
+
+
+def test_streams_can_be_sent_to_dataloader_workers_and_split_among_them() -> None:
+    rows = [{"id": str(i), "video": "a.mp4", "prompt": "What?"} for i in range(8)]
+    loaded = pickle.loads(pickle.dumps(load_rows(Dataset.from_list(rows).to_iterable_dataset(num_shards=2))))
+    parts = [[row["id"] for row in loaded.shard(2, index)] for index in range(2)]
+    assert parts == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
 
 
 def test_published_manifest_rows_are_read_unchanged(tmp_path: Path) -> None:

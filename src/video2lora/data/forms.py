@@ -212,24 +212,26 @@ def _query(prompt: Any, response: Any, fields: tuple[str, str], parsed: ParsedRo
 
 
 def _pair_up(turns: Sequence[Mapping[str, Any]], name: str, parsed: ParsedRow) -> list[dict[str, str | None]]:
-    """Chat turns as queries; a last question without an answer is left for a teacher."""
+    """Chat turns as queries; an answer that is null, or missing at the end, is left for a teacher."""
     queries: list[dict[str, str | None]] = []
+    asked = False
     for i, turn in enumerate(turns):
         where, speaker = f"{name}[{i}]", turn.get("role") if turn.get("role") is not None else turn.get("from")
-        text = _text(turn.get("content") if turn.get("content") is not None else turn.get("value"), where, parsed)
-        if text is None:
-            return queries
-        open_question = bool(queries) and queries[-1]["response"] is None
-        if speaker in _USER and not open_question:
-            queries.append({"prompt": _PLACEHOLDER_AT_AN_END.sub("", text), "response": None})
-        elif speaker in _ASSISTANT and open_question:
-            queries[-1]["response"] = text
-        else:
-            expected = "an assistant" if open_question else "a user"
+        if speaker not in (_ASSISTANT if asked else _USER):
+            expected = "an assistant" if asked else "a user"
             advice = "; put a system text into the prompt" if speaker == "system" else ""
             message = f"{where} is a turn of {speaker!r} where one of {expected} was expected{advice}"
             parsed.report(where, "bad_conversation", message)
             return queries
+        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        text = None if asked and content is None else _text(content, where, parsed)
+        if asked:
+            queries[-1]["response"] = text
+        elif text is None:
+            return queries
+        else:
+            queries.append({"prompt": _PLACEHOLDER_AT_AN_END.sub("", text), "response": None})
+        asked = not asked
     return queries
 
 
