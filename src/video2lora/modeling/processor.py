@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 VLM_PROCESSOR_FOLDER = "vlm_processor"
 SETTINGS = ("num_frames", "longest_edge", "internalization_prompt", "prompt_timestamps")
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 IGNORE_INDEX = -100
 
 
@@ -108,7 +110,7 @@ class Video2LoraProcessor(ProcessorMixin):
 
         Raises:
             VideoError: a video cannot be read or sampled.
-            ValueError: neither videos nor text.
+            ValueError: neither videos nor text, or an empty list.
         """
         if videos is None and text is None:
             raise ValueError("expected `videos`, `text` or both, got neither.")
@@ -118,7 +120,9 @@ class Video2LoraProcessor(ProcessorMixin):
         if videos is not None:
             sampling: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "start": start, "end": end}
             frames = [self.load_video(video, **sampling, longest_edge=longest_edge) for video in _as_list(videos)]
-            video_inputs = self.pad([self._encode_video(item) for item in frames])
+            if not frames:
+                raise ValueError("expected at least one video, got an empty list.")
+            video_inputs = self.pad([self.encode_video(item) for item in frames])
             features.update({"video_inputs": video_inputs} if text is not None else video_inputs)
         return features
 
@@ -145,26 +149,41 @@ class Video2LoraProcessor(ProcessorMixin):
         longest_edge = self.longest_edge if longest_edge is None else longest_edge
         return load_video(video, num_frames=num_frames, fps=fps, start=start, end=end, longest_edge=longest_edge)
 
-    def _encode_video(self, video: VideoFrames) -> dict[str, Tensor]:
-        """The internalization turn of one video, through the base's processor."""
+    def encode_video(
+        self, video: VideoFrames, prompt: str | None = None, add_generation_prompt: bool = False
+    ) -> dict[str, Tensor]:
+        """Render the turn `[video] + prompt` of one video through the base's processor.
+
+        Args:
+            video: sampled frames.
+            prompt: text behind the video; the internalization prompt by default. With a question here and
+                `add_generation_prompt` it is the video in context, as the base answers by itself.
+            add_generation_prompt: end with the template's generation prompt.
+
+        Returns:
+            `input_ids` and `attention_mask` `[1, tokens]`, and the pixels as the base wants them; join several with
+            [`pad`].
+        """
         relative = self.prompt_timestamps == "span"
         # the frame on display at the span's start may have come up a little before it
         times = [max(t - video.start, 0.0) if relative else t for t in video.timestamps]
         duration = video.end - video.start if relative or video.duration is None else video.duration
-        prompt = {"type": "text", "text": self.internalization_prompt}
+        text = self.internalization_prompt if prompt is None else prompt
         if getattr(self.vlm_processor, "video_processor", None) is not None:
-            content = [{"type": "video", "video": torch.from_numpy(video.frames).permute(0, 3, 1, 2)}, prompt]
+            content = [{"type": "video", "video": torch.from_numpy(video.frames).permute(0, 3, 1, 2)}]
+            content.append({"type": "text", "text": text})
             arguments: dict[str, Any] = {"video_metadata": [_metadata(times, duration)], "do_sample_frames": False}
         else:
             content = []
             for time, frame in zip(times, video.frames, strict=True):
                 stamp = f"\nFrame from {int(time // 60):02d}:{int(time % 60):02d}:"
                 content += [{"type": "text", "text": stamp}, {"type": "image", "image": frame}]
-            content.append({"type": "text", "text": "\n\n" + self.internalization_prompt})
+            content.append({"type": "text", "text": "\n\n" + text})
             arguments = {"do_image_splitting": False}
         messages: list[Any] = [{"role": "user", "content": content}]
         features: Any = self.vlm_processor.apply_chat_template(
             messages,
+            add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -172,20 +191,22 @@ class Video2LoraProcessor(ProcessorMixin):
         )
         return {name: torch.as_tensor(value) for name, value in features.items() if name != "video_metadata"}
 
-    def pad(self, items: Sequence[dict[str, Tensor]]) -> BatchFeature:
-        """Join videos prepared one by one into a batch, padded on the right (frames that are all zero are padding).
+    def pad(self, items: Sequence[Mapping[str, Tensor]], left: bool = False) -> BatchFeature:
+        """Join videos prepared one by one into a batch (frames that are all zero are padding).
 
         Each is prepared by itself because the base's processor would write the padded frame count into every prompt.
 
         Args:
-            items: what `processor(video)` returned for each.
+            items: what `processor(video)` or [`encode_video`] returned for each.
+            left: pad tokens on the left, for generation; on the right otherwise.
         """
         batch = BatchFeature()
         for name in items[0]:
             fill = self.pad_token_id if name == "input_ids" else 0
             tensors = [item[name] for item in items]
             shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-            batch[name] = torch.cat([_pad_to(t, shape, fill) for t in tensors])
+            # pixels have more dimensions than tokens; their padding always comes last
+            batch[name] = torch.cat([_pad_to(t, shape, fill, left and t.dim() == 2) for t in tensors])
         return batch
 
     def count_visual_tokens(self, input_ids: Tensor) -> int:
@@ -204,6 +225,8 @@ class Video2LoraProcessor(ProcessorMixin):
 
     def _encode_text(self, text: str | Sequence[str], responses: Sequence[str] | str | None) -> dict[str, Tensor]:
         prompts = [text] if isinstance(text, str) else list(text)
+        if not prompts:
+            raise ValueError("expected at least one query, got an empty list.")
         if responses is None:
             rows = [self._tokenize(self.render(prompt)) for prompt in prompts]
             return _pad_rows(rows, None, self.pad_token_id, left=True)
@@ -307,9 +330,11 @@ class Video2LoraProcessor(ProcessorMixin):
         overrides = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if settings.get("processor_class") == cls.__name__:
-            vlm_processor = AutoProcessor.from_pretrained(
-                pretrained_model_name_or_path, subfolder=VLM_PROCESSOR_FOLDER, **kwargs
-            )
+            folder, hub = os.fspath(pretrained_model_name_or_path), {k: kwargs.pop(k) for k in HUB if k in kwargs}
+            if not os.path.isdir(folder):
+                # not with `subfolder=`: offline, AutoTokenizer would miss a config.json that was never there
+                folder = snapshot_download(folder, allow_patterns=f"{VLM_PROCESSOR_FOLDER}/*", **hub)
+            vlm_processor = AutoProcessor.from_pretrained(os.path.join(folder, VLM_PROCESSOR_FOLDER), **kwargs)
             return cls(vlm_processor, **{k: settings[k] for k in SETTINGS if k in settings} | overrides)
         config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.pop("revision", None)
@@ -343,8 +368,9 @@ def _is_frame(item: Any) -> bool:
     return (hasattr(item, "mode") and hasattr(item, "convert")) or getattr(item, "ndim", 0) == 3
 
 
-def _pad_to(tensor: Tensor, shape: Sequence[int], fill: int) -> Tensor:
-    widths = [w for size, have in zip(reversed(shape), reversed(tensor.shape[1:]), strict=True) for w in (0, size - have)]
+def _pad_to(tensor: Tensor, shape: Sequence[int], fill: int, left: bool) -> Tensor:
+    gaps = [size - have for size, have in zip(reversed(shape), reversed(tensor.shape[1:]), strict=True)]
+    widths = [width for gap in gaps for width in ((gap, 0) if left else (0, gap))]
     return pad(tensor, widths, value=fill) if any(widths) else tensor
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Pipeline
-from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from ..adapters import AdapterProvenance, Segment, VideoAdapter
 from ..modeling import Video2LoraModel, Video2LoraProcessor, stack_lora
@@ -43,6 +46,10 @@ class VideoToLoraPipeline(Pipeline):
     _load_video_processor: Any = False
     _load_feature_extractor: Any = False
     _pipeline_calls_generate = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._one_at_a_time = Lock()
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = set(parameters) - set(SAMPLING)
@@ -76,7 +83,7 @@ class VideoToLoraPipeline(Pipeline):
             chunk_seconds: cut the span into chunks of at most this length, each read by itself with `num_frames`
                 frames, and composed into one adapter of rank `(chunks + 1) * rank`.
             batch_size: videos internalized together.
-            num_workers: processes that decode ahead.
+            num_workers: threads that decode ahead while the model works.
 
         Returns:
             A [`VideoAdapter`], or a list or iterator of them.
@@ -98,23 +105,18 @@ class VideoToLoraPipeline(Pipeline):
 
     def get_iterator(
         self,
-        inputs: Iterable[Any],
+        inputs: Any,
         num_workers: int,
         batch_size: int,
         preprocess_params: dict[str, Any],
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Iterator[VideoAdapter]:
-        """Adapters of many videos, lazily; the parent's cannot collate what is not a dict of tensors."""
-        if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"):
-            dataset: Dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
-        else:
-            # several workers would each read the whole of an iterable
-            num_workers = min(num_workers, 1)
-            dataset = PipelineIterator(iter(inputs), self.preprocess, preprocess_params)
-        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_join)
-        for batch in loader:
-            yield from self.postprocess(self.forward(batch, **forward_params), **postprocess_params)
+        """Adapters of many videos, lazily; the parent's loader cannot batch what is not a dict of tensors."""
+        videos = (inputs[i] for i in range(len(inputs))) if _is_indexed(inputs) else inputs
+        prepared = _ahead(lambda video: self.preprocess(video, **preprocess_params), videos, num_workers)
+        while batch := list(islice(prepared, batch_size)):
+            yield from self.postprocess(self.forward(_join(batch), **forward_params), **postprocess_params)
 
     def preprocess(self, video: Any, **sampling: Any) -> dict[str, list[Any]]:  # type: ignore[override]
         """Decode a video and prepare its segments for the model."""
@@ -123,7 +125,8 @@ class VideoToLoraPipeline(Pipeline):
             video = video["video"]
         inputs, segments = [], []
         for frames in self._segments(video, **sampling):
-            features = self.processor(frames)
+            with self._one_at_a_time:  # tokenizers may not be entered twice at once
+                features = self.processor(frames)
             inputs.append(dict(features))
             segments.append(self._describe(frames, features["input_ids"]))
         return {"inputs": inputs, "segments": [segments]}
@@ -203,6 +206,28 @@ def _is_one_video(videos: Any) -> bool:
 def _is_frame(item: Any) -> bool:
     """Whether `item` is a single image, so that a list of such is one video."""
     return (hasattr(item, "mode") and hasattr(item, "convert")) or getattr(item, "ndim", 0) == 3
+
+
+def _is_indexed(videos: Any) -> bool:
+    """Whether `videos` is a torch dataset that can only be indexed."""
+    return isinstance(videos, Dataset) and not isinstance(videos, IterableDataset)
+
+
+def _ahead(prepare: Callable[[Any], Any], videos: Iterable[Any], threads: int) -> Iterator[Any]:
+    """`map(prepare, videos)` with as many items prepared ahead, in order, as there are threads."""
+    if threads < 1:
+        yield from map(prepare, videos)
+        return
+    pool, waiting = ThreadPoolExecutor(threads), deque[Any]()
+    try:
+        for video in videos:
+            waiting.append(pool.submit(prepare, video))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _join(items: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
