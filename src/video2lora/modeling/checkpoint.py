@@ -74,7 +74,8 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
 
         Args:
             vlm: Hub id or directory of the base, or the loaded model.
-            revision: commit hash, branch or tag of the base; the commit found is pinned in the config.
+            revision: commit hash, branch or tag of the base; the commit found is pinned in the config. A loaded model
+                does not know its own: without it nothing is pinned.
             kwargs: fields of [`Video2LoraConfig`] (`rank=8`, `target_modules=[...]`); the rest goes to the base's
                 `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `token`).
 
