@@ -15,7 +15,7 @@ test: export OMP_NUM_THREADS ?= 1
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python examples/demo.py
+	$(VENV)/bin/video2lora demo
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -1,0 +1,239 @@
+"""What every command does when all goes well, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, pipeline
+
+from video2lora import Video2LoraModel, Video2LoraProcessor, VideoAdapter
+from video2lora.testing import save_tiny_vlm
+
+from ..modeling.published_files import random_draft
+
+Run = Callable[..., Any]
+QUESTION = "What moves?"
+
+
+def test_internalize_writes_what_the_pipeline_makes(run: Run, clip: Path, model_dir: Path, adapter_dir: Path) -> None:
+    expected = pipeline("video-to-lora", model=str(model_dir), device="cpu")(str(clip))
+    loaded = VideoAdapter.from_pretrained(adapter_dir)
+    assert loaded.content_hash == expected.content_hash
+    assert loaded.segments[0].source == clip.name
+
+
+def test_internalize_describes_the_adapter_as_json(run: Run, clip: Path, model_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--num-frames", 3, "--start", 0.5, "--end", 1.5, "--dtype", "bfloat16", "--layout", "text", "--json"]
+    result = run("internalize", clip, "-m", model_dir, "-o", out, *options)
+    (entry,) = json.loads(result.stdout)["adapters"]
+    adapter = VideoAdapter.from_pretrained(out)
+    assert (entry["start"], entry["end"], entry["num_frames"]) == (0.5, 1.5, 3)
+    assert entry["num_visual_tokens"] == 3 * 4
+    assert entry["rank"] == adapter.rank
+    assert entry["bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    stored = json.loads((out / "video2lora.json").read_text())
+    assert (stored["layout"], stored["dtype"]) == ("text", "bfloat16")
+
+
+def test_internalize_several_videos_gives_each_what_it_gets_alone(
+    run: Run, clip: Path, model_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copy(clip, tmp_path / "second.mp4")
+    out = tmp_path / "out"
+    result = run("internalize", clip, tmp_path / "second.mp4", "-m", model_dir, "-o", out, "--batch-size", 2)
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["clip", "second"]
+    alone = VideoAdapter.from_pretrained(adapter_dir)
+    for name in ("clip", "second"):
+        for module, tensor in VideoAdapter.from_pretrained(out / name).weights.lora_B.items():
+            torch.testing.assert_close(tensor, alone.weights.lora_B[module], rtol=1e-5, atol=1e-6)
+    header, first, second = result.stdout.splitlines()
+    assert header.split("  ")[0] == "video" and "visual tokens" in header
+    assert first.startswith("clip.mp4") and second.startswith("second.mp4")
+
+
+def test_internalize_chunks_become_segments(run: Run, clip: Path, model_dir: Path, tmp_path: Path) -> None:
+    result = run("internalize", clip, "-m", model_dir, "-o", tmp_path / "out", "--chunk-seconds", 1, "--num-frames", 2)
+    assert result.exit_code == 0, result.stderr
+    segments = VideoAdapter.from_pretrained(tmp_path / "out").segments
+    assert [(segment.start, segment.end) for segment in segments] == [(0.0, 1.0), (1.0, 2.0)]
+    assert "in 2" in result.stdout
+
+
+def test_internalize_overwrites_an_adapter_when_told_to(
+    run: Run, clip: Path, model_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(adapter_dir, tmp_path / "out")
+    result = run("internalize", clip, "-m", model_dir, "-o", out, "--num-frames", 2, "--overwrite")
+    assert result.exit_code == 0, result.stderr
+    assert VideoAdapter.from_pretrained(out).segments[0].num_frames == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ask_answers_as_the_model_in_memory_does(run: Run, model_dir: Path, adapter_dir: Path) -> None:
+    model = Video2LoraModel.from_pretrained(model_dir)
+    processor = Video2LoraProcessor.from_pretrained(model_dir)
+    inputs = processor(text=[QUESTION])
+    adapter = VideoAdapter.from_pretrained(adapter_dir)
+    tokens = model.generate(**inputs, adapters=adapter, max_new_tokens=8, do_sample=False)
+    expected = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert not torch.equal(plain, tokens), "the adapter changes nothing: the test would show nothing"
+    document = json.loads(run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8, "--json").stdout)
+    assert document["visual_tokens_in_context"] == 0
+    assert document["answers"][0]["answer"] == expected
+    assert document["answers"][0]["context_tokens"] == inputs["input_ids"].shape[1]
+    assert run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout == expected + "\n"
+
+
+def test_ask_takes_the_text_layout_and_another_place_of_the_base(
+    run: Run, adapter_dir: Path, base_dir: Path, tmp_path: Path
+) -> None:
+    VideoAdapter.from_pretrained(adapter_dir).save_pretrained(tmp_path / "text", layout="text")
+    moved = shutil.copytree(base_dir, tmp_path / "base")
+    expected = run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout
+    result = run("ask", tmp_path / "text", QUESTION, "--base", moved, "--max-new-tokens", 8)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, expected, "")
+
+
+def test_ask_warns_about_another_base_of_the_same_size(run: Run, adapter_dir: Path, tmp_path: Path) -> None:
+    other = save_tiny_vlm("smolvlm", tmp_path / "other", seed=1)
+    result = run("ask", adapter_dir, QUESTION, "--base", other, "--max-new-tokens", 2)
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: this adapter was made for") and "other" in line
+
+
+def test_ask_reads_questions_from_stdin_and_interactively(run: Run, adapter_dir: Path) -> None:
+    arguments = ["ask", adapter_dir, "--max-new-tokens", 4]
+    answers = run(*arguments, "first", "second", "--json")
+    expected = [entry["answer"] for entry in json.loads(answers.stdout)["answers"]]
+    piped = json.loads(run(*arguments, "-", "--json", input="first\n\nsecond\n").stdout)
+    assert [entry["answer"] for entry in piped["answers"]] == expected
+    typed = run(*arguments, "-i", input="first\nsecond\n\nnever asked\n")
+    assert typed.exit_code == 0
+    assert typed.stdout == "".join(f"{answer}\n" for answer in expected)
+
+
+def test_inspect_adapter_tells_its_norms_and_provenance(run: Run, adapter_dir: Path, clip: Path) -> None:
+    document = json.loads(run("inspect", adapter_dir, "--json").stdout)
+    adapter = VideoAdapter.from_pretrained(adapter_dir)
+    norms = [adapter.delta_weight("down_proj", layer).norm().item() for layer in range(4)]
+    assert document["norms"]["down_proj"] == pytest.approx(norms, rel=1e-5)
+    assert document["content_hash"] == adapter.content_hash
+    assert (document["rank"], document["static_rank"]) == (adapter.rank, adapter.static_rank)
+    shown = run("inspect", adapter_dir).stdout
+    assert clip.name in shown and adapter.content_hash in shown and "4 of it static" in shown
+
+
+@pytest.mark.parametrize("bundle", [False, True])
+def test_inspect_model_counts_parameters(run: Run, model_dir: Path, tmp_path: Path, bundle: bool) -> None:
+    model = Video2LoraModel.from_pretrained(model_dir)
+    model.save_pretrained(tmp_path / "model", bundle_base=bundle)
+    document = json.loads(run("inspect", tmp_path / "model", "--json").stdout)
+    parts = document["hypernetwork_parameters"]
+    assert sum(parts.values()) == sum(p.numel() for p in model.hypernetwork.parameters())
+    assert document["base_parameters"] == sum(p.numel() for p in model.vlm.parameters())
+    assert document["bundled"] is bundle
+    assert run("inspect", tmp_path / "model").exit_code == 0
+
+
+def test_commands_take_hub_ids(run: Run, patched_hub: Any, model_dir: Path, adapter_dir: Path, clip: Path) -> None:
+    """Both kinds of repository are told apart, and a model is loaded from there."""
+    VideoAdapter.from_pretrained(adapter_dir).push_to_hub("owner/clip-lora")
+    model = Video2LoraModel.from_pretrained(model_dir)
+    model.push_to_hub("owner/model")
+    assert json.loads(run("inspect", "owner/clip-lora", "--json").stdout)["kind"] == "adapter"
+    assert json.loads(run("inspect", "owner/model", "--json").stdout)["kind"] == "model"
+    out = patched_hub.home / "out"
+    result = run("internalize", clip, "-m", "owner/model", "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert VideoAdapter.from_pretrained(out).provenance.hypernetwork == "owner/model"
+    assert run("ask", "owner/clip-lora", QUESTION, "--max-new-tokens", 2).exit_code == 0
+
+
+def test_compose_counts_the_static_part_once(run: Run, clip: Path, model_dir: Path, tmp_path: Path) -> None:
+    for name, start in (("a", 0), ("b", 1)):
+        run("internalize", clip, "-m", model_dir, "-o", tmp_path / name, "--start", start, "--num-frames", 2)
+    parts = [VideoAdapter.from_pretrained(tmp_path / name) for name in "ab"]
+    options = ["--weights", "1,0.5", "--json"]
+    document = json.loads(run("compose", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c", *options).stdout)
+    composed = VideoAdapter.from_pretrained(tmp_path / "c")
+    assert document["rank"] == composed.rank == 3 * parts[0].static_rank
+    assert [segment.weight for segment in composed.segments] == [1.0, 0.5]
+    assert document["relative_error"] == 0
+    cut = run("compose", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "d", "--rank", 2, "--json")
+    cut_document = json.loads(cut.stdout)
+    assert VideoAdapter.from_pretrained(tmp_path / "d").rank == 2
+    assert 0 < cut_document["relative_error"] < 1
+    assert cut_document["rank_before_truncation"] == composed.rank
+
+
+def test_import_checkpoint_makes_a_checkpoint_that_works(run: Run, clip: Path, tmp_path: Path) -> None:
+    base = save_tiny_vlm("smolvlm", tmp_path / "base", hidden_size=24, num_hidden_layers=3)
+    file = random_draft(modules={"down_proj": (128, 24)}).save(tmp_path / "published.pt")
+    options = ["--base", base, "--num-frames", 5, "--json"]
+    result = run("import-checkpoint", file, "-o", tmp_path / "model", *options)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["rank"], document["layers"], document["num_frames"]) == (2, 3, 5)
+    made = run("internalize", clip, "-m", tmp_path / "model", "-o", tmp_path / "out", "--json")
+    assert json.loads(made.stdout)["adapters"][0]["num_frames"] == 5
+    again = run("import-checkpoint", file, "-o", tmp_path / "model", "--base", base, "--bundle-base", "--overwrite")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["bundle_base"] is True
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "out", "published.pt"]
+
+
+def test_env_names_the_libraries(run: Run) -> None:
+    document = json.loads(run("env", "--json").stdout)
+    assert document["torch"] == torch.__version__.split("+")[0]
+    assert document["offline"] is True
+    assert "libavcodec" in document["ffmpeg"]
+    assert "transformers" in run("env").stdout
+
+
+def test_demo_keeps_an_adapter_that_peft_loads(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = run("demo", "-o", out, "--question", QUESTION, "--json", "--max-new-tokens", 16)
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["visual_tokens"]["before"] == 4 * document["frames"] > document["visual_tokens"]["now"] == 0
+    assert document["context_tokens"]["before"] > document["context_tokens"]["now"] > 0
+    (answer,) = document["answers"]
+    assert answer["adapter"] != answer["neither"]
+    base = AutoModelForImageTextToText.from_pretrained(out / "base")
+    assert PeftModel.from_pretrained(base, str(out / "adapter")).peft_config["default"].r == document["adapter_rank"]
+    asked = run("ask", out / "adapter", QUESTION, "--max-new-tokens", 16, "--json")
+    assert json.loads(asked.stdout)["answers"][0]["answer"] == answer["adapter"]
+
+
+def test_demo_takes_a_video_and_a_model_and_says_what_is_noise(
+    run: Run, clip: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("video2lora.cli.demo.REPEATS", 1)
+    given = run("demo", clip, "-m", model_dir, "--max-new-tokens", 2)
+    assert given.exit_code == 0, given.stderr
+    assert clip.name in given.stdout and "noise" not in given.stdout
+    assert "time to first token" in given.stdout
+    monkeypatch.setattr("video2lora.cli.demo._trained_example", lambda: None)
+    assert "the answers are noise" in run("demo", clip, "--max-new-tokens", 2).stdout
+
+
+def test_import_checkpoint_never_deletes_what_is_not_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    base = save_tiny_vlm("smolvlm", tmp_path / "base", hidden_size=24, num_hidden_layers=3)
+    file = random_draft(modules={"down_proj": (128, 24)}).save(tmp_path / "published.pt")
+    out = tmp_path / "model"
+    assert run("import-checkpoint", file, "-o", out, "--base", base).exit_code == 0
+    (out / "models.txt").write_text("mine")
+    result = run("import-checkpoint", file, "-o", out, "--base", base, "--overwrite")
+    assert result.exit_code == 2 and "would delete" in result.stderr
+    assert (out / "models.txt").read_text() == "mine" and (out / "model.safetensors").exists()
