@@ -22,7 +22,7 @@ from .streaming import stream_hidden_states
 from .targets import LoraTargets, resolve_targets
 
 TOKENS_IN_FLIGHT = 65536
-"""Projected tokens (summed over layers and videos) that wait until the perceiver reads them together."""
+"""Tokens of hidden states (summed over layers and videos) that wait until the perceiver reads them together."""
 
 
 @dataclass
@@ -159,8 +159,9 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         return torch.stack(embeddings, dim=1)
 
     def _is_sharded(self) -> bool:
-        """Whether FSDP shards the base: leaving its forward pass half way would leave it unsharded."""
-        return any("FSDP" in base.__name__ for base in type(self.vlm).__mro__)
+        """Whether FSDP shards any of the base: leaving its forward pass half way would leave that unsharded."""
+        kinds = {base.__name__ for module in self.vlm.modules() for base in type(module).__mro__}
+        return any("FSDP" in kind or kind == "FullyShardedDataParallel" for kind in kinds)
 
     def _to_vlm(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
