@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn.functional import cross_entropy
 
 from video2lora.modeling import Video2LoraConfig, Video2LoraModel
@@ -86,16 +88,21 @@ def test_forward_and_generate_answer_with_the_adapters(setup):
 
 
 @torch.no_grad()
-def test_left_padding_changes_no_answer(smol, smolvlm, make_processor):
-    model, inputs = smol
-    adapters = model.internalize(**inputs)
-    text = make_processor(smolvlm)(text=["What?", "What happens in the end?", "Who is it, and where?"])
+def test_padding_changes_no_answer(setup):
+    model, processor, _, adapters = setup
+    prompts = ["What?", "What happens in the end?", "Who is it, and where?"]
+    text = processor(text=prompts)
     assert text["attention_mask"].sum(1).unique().numel() == 3 and (text["attention_mask"][:, -1] == 1).all()
     arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     together = model.generate(**text, adapters=adapters, **arguments)[:, -6:]
+    training = processor(text=prompts, responses=["A square.", "It leaves.", "Nobody knows, nor do I."])
+    losses = model(**training, adapters=adapters).query_losses
     for row in range(3):
         ids = text["input_ids"][row, text["attention_mask"][row].bool()][None]
         assert model.generate(ids, adapters=adapters[row], **arguments)[0, -6:].tolist() == together[row].tolist()
+        valid = training["attention_mask"][row].bool()
+        alone = {name: tensor[row, valid][None] for name, tensor in training.items()}
+        torch.testing.assert_close(model(**alone, adapters=adapters[row]).loss, losses[row], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -316,8 +323,22 @@ def test_small_floats_of_a_processor_are_not_rounded(qwen, make_model, clips, ma
     assert seen["pixel_values_videos"].dtype == torch.bfloat16
 
 
-def test_autocast(smol):
-    model, inputs = smol
+OLD_MERGER = pytest.mark.xfail(
+    Version(transformers.__version__) < Version("5.23"),
+    raises=RuntimeError,
+    reason="SmolVLM of older transformers merges bfloat16 image features into float32 embeddings",
+)
+
+
+AUTOCAST = [(name, dtype) for name in FAMILIES for dtype in (torch.bfloat16, torch.float32)]
+AUTOCAST[1] = pytest.param(*AUTOCAST[1], marks=OLD_MERGER)
+
+
+@pytest.mark.parametrize("name, dtype", AUTOCAST)
+def test_autocast(families, make_model, make_processor, clips, name, dtype):
+    """A bfloat16 base, or one of float32 that autocast runs in bfloat16."""
+    family = families(name)
+    model, inputs = make_model(copy.deepcopy(family.vlm).to(dtype)), make_processor(family)(videos=clips)
     ids = text_batch(3)
     exact = model(ids, labels=ids, video_inputs=inputs).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -326,7 +347,6 @@ def test_autocast(smol):
     assert abs(output.loss - exact) < 0.05 * exact
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.hypernetwork.parameters())
-    model.zero_grad()
 
 
 @torch.no_grad()
@@ -395,3 +415,17 @@ def test_from_config_alone(smolvlm):
 def test_from_vlm_with_a_wrong_field(smolvlm, fields, words):
     with pytest.raises(ValueError, match=words):
         Video2LoraModel.from_vlm(smolvlm.vlm, **fields)
+
+
+@pytest.mark.parametrize("name", ["FSDPLlamaDecoderLayer", "FullyShardedDataParallel"])
+def test_a_sharded_base_runs_to_its_end(smolvlm, make_model, make_processor, clips, name):
+    """FSDP (2 and 1, known by their classes) may shard the decoder layers alone."""
+    model, inputs = make_model(copy.deepcopy(smolvlm.vlm)), make_processor(smolvlm)(videos=clips[:1])
+    last, calls = model.vlm.get_decoder().layers[-1], []
+    last.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected = model.internalize(**inputs)
+        assert not calls
+        last.__class__ = type(name, (type(last),), {})
+        assert_same_lora(model.internalize(**inputs), expected)
+    assert calls == [1]
