@@ -24,6 +24,7 @@ class Segment:
         end: last second of the span.
         timestamps: seconds of the frames that were really used.
         num_frames: frames that were really used; the number of timestamps if that is known.
+        num_decode_errors: packets or frames of a damaged file that did not decode.
         num_visual_tokens: visual tokens the VLM read.
         prompt: the text that followed the video.
         ranks: `(first, past the last)` of the generated ranks; `None` once a truncation has mixed them.
@@ -36,6 +37,7 @@ class Segment:
     end: float | None = None
     timestamps: tuple[float, ...] | None = None
     num_frames: int | None = None
+    num_decode_errors: int = 0
     num_visual_tokens: int | None = None
     prompt: str | None = None
     ranks: tuple[int, int] | None = None

@@ -152,6 +152,7 @@ class VideoToLoraPipeline(Pipeline):
             start=frames.start,
             end=frames.end,
             timestamps=frames.timestamps,
+            num_decode_errors=frames.num_decode_errors,
             num_visual_tokens=self.processor.count_visual_tokens(input_ids),
             prompt=self.processor.internalization_prompt,
         )
