@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from .configuration import Video2LoraConfig
 from .hypernetwork import Hypernetwork, Padding
 from .injection import inject_lora
 from .lora import LoraWeights, stack_lora
-from .streaming import stream_hidden_states
+from .streaming import keep_rope_deltas, stream_hidden_states
 from .targets import LoraTargets, resolve_targets
 
 TOKENS_IN_FLIGHT = 65536
@@ -33,6 +34,7 @@ class Video2LoraOutput(ModelOutput):
         loss: mean over the queries of each query's mean over its labelled tokens; `None` without labels.
         query_losses: `[queries]`, those means.
         label_logits: `[labelled tokens, vocabulary]`, the logits that predict them, in row order; with labels only.
+        teacher_logits: `[labelled tokens, vocabulary]`, the same of the base that sees the video; with `teacher_inputs`.
         logits: `[queries, tokens, vocabulary]`; without labels only.
         lora: the adapters, still in the autograd graph.
     """
@@ -40,6 +42,7 @@ class Video2LoraOutput(ModelOutput):
     loss: Tensor | None = None
     query_losses: Tensor | None = None
     label_logits: Tensor | None = None
+    teacher_logits: Tensor | None = None
     logits: Tensor | None = None
     lora: LoraWeights | None = None
 
@@ -181,6 +184,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         adapters: LoraWeights | Sequence[Any] | None = None,
         queries_per_video: int | Sequence[int] | Tensor | None = None,
         segments_per_adapter: Sequence[int] | Tensor | None = None,
+        teacher_inputs: Mapping[str, Tensor] | None = None,
     ) -> Video2LoraOutput:
         """Answer text queries about videos with adapters instead of visual tokens; the step of training.
 
@@ -192,6 +196,8 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             adapters: adapters made before, instead of `video_inputs`. With neither the base answers by itself.
             queries_per_video: how many consecutive queries each video (or adapter) has; one each by default.
             segments_per_adapter: see [`internalize`].
+            teacher_inputs: the same turns with the video in their context and `labels` of their own, for distilling
+                from the base that sees the video.
 
         Returns:
             [`Video2LoraOutput`]. Cross-entropy is the mean over queries of each query's token mean (the recipe).
@@ -205,18 +211,46 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             lora: LoraWeights | None = self.internalize(_as_counts(segments_per_adapter), **video_inputs)
         else:
             lora = self._as_lora(adapters)
-        with self._adapted(lora, input_ids.shape[0], queries_per_video):
-            outputs = self.vlm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden_states, lm_head = outputs.last_hidden_state, self.get_output_embeddings()
-        if labels is None:
-            return Video2LoraOutput(logits=lm_head(hidden_states), lora=lora)
-        labelled = labels[:, 1:] != -100
-        label_logits = lm_head(hidden_states[:, :-1][labelled])
+        labelled = None if labels is None else labels[:, 1:] != -100
+        with self._adapted(lora, input_ids.shape[0], queries_per_video), self._predict_only(labelled):
+            logits = self.vlm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        if labels is None or labelled is None:
+            return Video2LoraOutput(logits=logits, lora=lora)
+        label_logits = logits[0]
         losses = cross_entropy(label_logits.float(), labels[:, 1:][labelled], reduction="none")
         rows = labelled.nonzero()[:, 0]
         sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
         query_losses = sums / labelled.sum(1).clamp_min(1)
-        return Video2LoraOutput(query_losses.mean(), query_losses, label_logits, lora=lora)
+        return Video2LoraOutput(query_losses.mean(), query_losses, label_logits, teacher_logits, lora=lora)
+
+    @torch.no_grad()
+    def _teacher_logits(self, teacher_inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits of the base that sees the video, where its labels stand: `[labelled tokens, vocabulary]`."""
+        inputs = {name: self._to_vlm(value) for name, value in teacher_inputs.items()}
+        labelled = inputs.pop("labels")[:, 1:] != -100
+        with keep_rope_deltas(self.vlm):
+            hidden_states = self.vlm.base_model(**inputs, use_cache=False).last_hidden_state
+        return self.get_output_embeddings()(hidden_states[:, :-1][labelled])
+
+    @contextmanager
+    def _predict_only(self, labelled: Tensor | None) -> Iterator[None]:
+        """Let the base's head see only the tokens that predict labelled ones, as one row `[1, labelled, hidden_size]`.
+
+        A hook on the head, because some bases scale or cap (Gemma) its output in their own forward.
+        """
+        if labelled is None:
+            yield
+            return
+        thread = threading.get_ident()
+
+        def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            return (args[0][:, :-1][labelled][None],) if threading.get_ident() == thread else None
+
+        handle = self.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @torch.no_grad()
     def generate(
