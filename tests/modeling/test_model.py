@@ -193,6 +193,24 @@ def test_the_loss_is_the_naive_cross_entropy(smol, with_mask):
         assert (mine - wanted).norm() <= 2e-4 * wanted.norm() + 1e-9
 
 
+def test_a_base_that_caps_its_logits(smolvlm, make_model, make_processor, clips):
+    """Gemma's and Granite's own forward scales or caps what the head gives: forward, loss and generate agree."""
+    model, inputs = make_model(copy.deepcopy(smolvlm.vlm)), make_processor(smolvlm)(videos=clips)
+
+    class Capped(type(model.vlm)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 0.5 * torch.tanh(output.logits)
+            return output
+
+    model.vlm.__class__ = Capped
+    ids = text_batch(3)
+    output, logits = model(ids, labels=ids, video_inputs=inputs), model(ids, video_inputs=inputs).logits
+    assert logits.abs().max() <= 0.5 and output.label_logits.abs().max() <= 0.5
+    torch.testing.assert_close(output.loss, cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert num_hooks(model.vlm) == 0
+
+
 def test_a_query_without_labels_has_no_loss_and_no_nan(smol):
     model, inputs = smol
     ids = text_batch(3)
