@@ -22,7 +22,6 @@ from .targets import LoraTargets, resolve_targets
 
 HYPERNETWORK = "hypernetwork."
 HUB_KWARGS = ("token", "cache_dir", "local_files_only", "force_download")
-WEIGHT_FILES = ["model*.safetensors", "model.safetensors.index.json"]
 BASE_KWARGS = {*HUB_KWARGS, "dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config"}
 BASE_KWARGS |= {"max_memory", "offload_folder"}
 
@@ -46,6 +45,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _no_split_modules = ["Hypernetwork"]  # the base adds its own
     # of latent size only: bfloat16 weights there would cost digits and save next to nothing
     _keep_in_fp32_modules_strict = ["hypernetwork"]
     checkpoint_commit: str | None = None
@@ -261,7 +261,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
                 super().save_pretrained(
                     staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs
                 )
-                _publish(Path(staging), target)
+                _publish(Path(staging), target, _weight_files(kwargs.get("variant")))
         finally:
             model.config.bundle_base = before
         if push_to_hub and is_main_process:
@@ -305,7 +305,8 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
                 commit_message=commit_message or f"Upload {type(self).__name__}",
                 revision=revision,
                 create_pr=create_pr,
-                delete_patterns=WEIGHT_FILES,  # of an earlier push: a stale file would be loaded instead of shards
+                # of an earlier push: a stale file would be loaded instead of shards
+                delete_patterns=_weight_files(kwargs.get("variant")),
             )
 
 
@@ -345,13 +346,23 @@ def _check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
         )
 
 
-def _publish(staging: Path, target: Path) -> None:
+def _weight_files(variant: str | None) -> list[str]:
+    """Patterns of the weight files of one variant (`None`: the usual one), in one file or in shards."""
+    dotted = f".{variant}" if variant else ""
+    return [
+        f"model{dotted}.safetensors",
+        f"model{dotted}-*-of-*.safetensors",
+        f"model.safetensors.index{dotted}.json",
+    ]
+
+
+def _publish(staging: Path, target: Path, weight_files: list[str]) -> None:
     """Move what was written into place, the configuration last, and drop weight files of an earlier save."""
     written = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
     for path in written:
         os.replace(path, target / path.name)
     names = {path.name for path in written}
     if names:
-        for stale in [path for pattern in WEIGHT_FILES for path in target.glob(pattern)]:
+        for stale in [path for pattern in weight_files for path in target.glob(pattern)]:
             if stale.name not in names:
                 stale.unlink()
