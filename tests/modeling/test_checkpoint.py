@@ -166,6 +166,20 @@ def test_shards_and_overwriting_leave_nothing_stale(model, bundle, tmp_path):
     assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
 
 
+def test_a_variant_stands_beside_the_usual_weights(model, tmp_path):
+    other = copy.deepcopy(model)
+    awaken(other.hypernetwork, seed=5)
+    model.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path, variant="trained", max_shard_size="40KB")
+    other.save_pretrained(tmp_path, variant="trained")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "model.safetensors", "model.trained.safetensors"}
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert_same_model(Video2LoraModel.from_pretrained(tmp_path), model)
+    assert_same_model(Video2LoraModel.from_pretrained(tmp_path, variant="trained"), other)
+
+
 @KINDS
 @pytest.mark.parametrize("shards", [False, True], ids=["one_file", "shards"])
 def test_a_save_that_fails_leaves_the_old_checkpoint(model, saved, copied, bundle, shards, monkeypatch):
@@ -266,6 +280,8 @@ def test_device_map(model, saved, bundle, device_map):
     loaded = Video2LoraModel.from_pretrained(saved[bundle], device_map=device_map)
     assert {p.device.type for p in loaded.parameters()} == {"cpu"}
     assert_same_model(loaded, model)
+    # a hypernetwork spread over devices would have to move its own activations
+    assert "Hypernetwork" in loaded._no_split_modules
 
 
 @KINDS
@@ -442,6 +458,6 @@ def test_a_checkpoint_that_is_no_checkpoint(smolvlm, tmp_path):
 
 
 def test_no_network_for_a_hub_name():
-    with pytest.raises(BaseModelError, match="'owner/base'.*cannot be reached.*base_model_name_or_path=") as caught:
+    with pytest.raises(BaseModelError, match="'owner/base'.*cannot be reached.*local directory") as caught:
         Video2LoraModel.from_vlm("owner/base", **SMALL)
     assert "\n" not in str(caught.value)

@@ -229,7 +229,7 @@ def test_gated(light, patched_hub):
 def test_offline(light, patched_hub, smolvlm):
     folder = light()
     with patched_hub.patch(offline=True):
-        refused(folder, "not in the local cache.*base_model_name_or_path=")
+        refused(folder, "not in the local cache.*local directory")
         loaded = Video2LoraModel.from_pretrained(folder, base_model_name_or_path=smolvlm.path)
         assert_unchanged(loaded.vlm, snapshot(smolvlm.vlm))
         assert Video2LoraModel.from_pretrained(folder, vlm=smolvlm.vlm).vlm is smolvlm.vlm
