@@ -104,8 +104,11 @@ def test_another_thread_may_use_the_base_meanwhile(smolvlm, clips, make_processo
         with torch.no_grad():
             answers.append(smolvlm.vlm(input_ids=queries).logits)
 
+    here = threading.current_thread()
+
     def consume(_, states):
         widths.append(states.shape)
+        assert threading.current_thread() is here, "another thread's states were consumed"
         other = threading.Thread(target=answer)
         other.start()
         other.join()
