@@ -217,6 +217,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         if labels is None or labelled is None:
             return Video2LoraOutput(logits=logits, lora=lora)
         label_logits = logits[0]
+        teacher_logits = None if teacher_inputs is None else self._teacher_logits(teacher_inputs)
         losses = cross_entropy(label_logits.float(), labels[:, 1:][labelled], reduction="none")
         rows = labelled.nonzero()[:, 0]
         sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
@@ -228,9 +229,8 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         """Logits of the base that sees the video, where its labels stand: `[labelled tokens, vocabulary]`."""
         inputs = {name: self._to_vlm(value) for name, value in teacher_inputs.items()}
         labelled = inputs.pop("labels")[:, 1:] != -100
-        with keep_rope_deltas(self.vlm):
-            hidden_states = self.vlm.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.get_output_embeddings()(hidden_states[:, :-1][labelled])
+        with keep_rope_deltas(self.vlm), self._predict_only(labelled):
+            return self.vlm(**inputs, use_cache=False).logits[0]
 
     @contextmanager
     def _predict_only(self, labelled: Tensor | None) -> Iterator[None]:

@@ -202,7 +202,7 @@ class Video2LoraProcessor(ProcessorMixin):
         """
         batch = BatchFeature()
         for name in items[0]:
-            fill = self.pad_token_id if name == "input_ids" else 0
+            fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}.get(name, 0)
             tensors = [item[name] for item in items]
             shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
             # pixels have more dimensions than tokens; their padding always comes last
@@ -233,7 +233,10 @@ class Video2LoraProcessor(ProcessorMixin):
         answers = [responses] if isinstance(responses, str) else list(responses)
         if len(answers) != len(prompts):
             raise ValueError(f"expected one response for each of {len(prompts)} queries, got {len(answers)}.")
-        turns = [self.encode_turn(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return self.pad_turns([self.encode_turn(*turn) for turn in zip(prompts, answers, strict=True)])
+
+    def pad_turns(self, turns: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        """Join turns of [`encode_turn`] into `input_ids`, `attention_mask`, `labels` `[turns, tokens]`."""
         return _pad_rows([ids for ids, _ in turns], [labels for _, labels in turns], self.pad_token_id, left=False)
 
     def render(self, prompt: str, response: str | None = None) -> str:

@@ -55,7 +55,7 @@ def stream_hidden_states(
 
             handle = layers[index].register_forward_pre_hook(hand_over, with_kwargs=True)
             hooks.callback(handle.remove)
-        with torch.no_grad(), _keep_rope_deltas(vlm):
+        with torch.no_grad(), keep_rope_deltas(vlm):
             try:
                 # the base model has no lm_head, which would otherwise run over every video token
                 getattr(vlm, "base_model", vlm)(**inputs, use_cache=False)
@@ -64,7 +64,7 @@ def stream_hidden_states(
 
 
 @contextmanager
-def _keep_rope_deltas(vlm: nn.Module) -> Iterator[None]:
+def keep_rope_deltas(vlm: nn.Module) -> Iterator[None]:
     """Restore the position offset that models with multimodal rotary positions (Qwen2-VL's family) keep of a video."""
     kept = [(module, module.rope_deltas) for module in vlm.modules() if hasattr(module, "rope_deltas")]
     try:

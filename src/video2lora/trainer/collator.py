@@ -1,0 +1,167 @@
+"""Trainer: from rows of a dataset to a batch, decoding in the data loader's workers."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..modeling.processor import IGNORE_INDEX, Video2LoraProcessor
+from ..video import VideoError, VideoReader
+
+if TYPE_CHECKING:
+    from ..video import VideoFrames
+
+
+class Video2LoraCollator:
+    """Makes batches for [`Video2LoraModel.forward`] from rows of [`load_rows`].
+
+    Decoding happens here, so in the workers of the data loader. A video that cannot be read is left out, with its
+    error in `skipped`; a batch with nothing left is one dummy video of weight zero, so that every process takes part in
+    every collective. What is random (segments, choice of queries) follows from seed, epoch and row id alone: a resumed
+    run draws what it would have drawn.
+
+    Args:
+        processor: the model's processor.
+        seed: of the random choices.
+        composition_probability, max_segments, max_queries_per_video: as in [`Video2LoraTrainingArguments`].
+        online_teacher: also prepare the turns with the video in their context (`teacher_inputs`).
+        training: whether to draw segments and queries; validation takes all queries and whole videos.
+    """
+
+    def __init__(
+        self,
+        processor: Video2LoraProcessor,
+        seed: int = 0,
+        composition_probability: float = 0.0,
+        max_segments: int = 2,
+        max_queries_per_video: int | None = None,
+        online_teacher: bool = False,
+        training: bool = True,
+    ) -> None:
+        self.processor = processor
+        self.seed = seed
+        self.composition_probability = composition_probability if training else 0.0
+        self.max_segments = max_segments
+        self.max_queries_per_video = max_queries_per_video if training else None
+        self.online_teacher = online_teacher
+        # shared with the workers, which hold copies of this collator
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw what belongs to this epoch from now on, in the workers too."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make a batch.
+
+        Args:
+            rows: as [`load_rows`] gives them: `id`, `video`, `start`, `end`, `queries`.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` `[queries, tokens]`; `video_inputs`; `queries_per_video` and
+            `segments_per_adapter`, lists; `query_weights` `[queries]`, 0 for a dummy; `num_videos`, the rows given;
+            `kept`, which of them are in the batch; `skipped`, a message for each video left out; `query_ids`, (row id,
+            number) of each query; and `teacher_inputs` where asked for.
+
+        Raises:
+            ValueError: a query without a response.
+        """
+        samples, skipped, kept = [], [], []
+        for place, row in enumerate(rows):
+            try:
+                samples.append(self._sample(row))
+                kept.append(place)
+            except VideoError as error:
+                skipped.append(f"{row['id']}: {error}")
+        weight = 1.0 if samples else 0.0
+        batch = self._join(samples or [self._dummy()])
+        batch["query_weights"] = torch.full((len(batch["input_ids"]),), weight)
+        return batch | {"num_videos": len(rows), "kept": kept or [0], "skipped": skipped}
+
+    def _sample(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One row: its segments' inputs and its turns' tokens."""
+        draw = self._random(row["id"])
+        queries = self._choose(list(enumerate(row["queries"])), draw)
+        if not queries:
+            raise ValueError(f"row {row['id']!r} has no queries: run check_rows on the dataset.")
+        missing = [number for number, query in queries if query["response"] is None]
+        if missing:
+            raise ValueError(
+                f"row {row['id']!r} has no response to query {missing[0]}: let a teacher fill it (`video2lora teach`)."
+            )
+        count = 1
+        if draw.random() < self.composition_probability:
+            count = draw.randint(2, self.max_segments)
+        with VideoReader(row["video"], longest_edge=self.processor.longest_edge) as reader:
+            span = {"start": row.get("start"), "end": row.get("end")}
+            whole = reader.sample(num_frames=self.processor.num_frames, **span)
+            segments = [whole] if count == 1 else self._segments(reader, whole, count)
+        turns = [self.processor.encode_turn(query["prompt"], query["response"]) for _, query in queries]
+        sample: dict[str, Any] = {
+            "segments": [self.processor.encode_video(segment) for segment in segments],
+            "turns": turns,
+            "query_ids": [(row["id"], number) for number, _ in queries],
+        }
+        if self.online_teacher:
+            prompts = [query["prompt"] for _, query in queries]
+            sample["teacher"] = [
+                self._teacher_turn(whole, prompt, *turn) for prompt, turn in zip(prompts, turns, strict=True)
+            ]
+        return sample
+
+    def _choose(self, queries: list[Any], draw: random.Random) -> list[Any]:
+        """The queries of this epoch, in their order."""
+        limit = self.max_queries_per_video
+        if limit is None or len(queries) <= limit:
+            return queries
+        return [queries[i] for i in sorted(draw.sample(range(len(queries)), limit))]
+
+    def _segments(self, reader: VideoReader, whole: VideoFrames, count: int) -> list[VideoFrames]:
+        """Equal consecutive parts of a span; fewer where the video has not that many frames."""
+        times = reader.times
+        frames = int(((times >= whole.start) & (times < whole.end)).sum())
+        count = max(1, min(count, frames))
+        edges = torch.linspace(whole.start, whole.end, count + 1, dtype=torch.float64).tolist()
+        spans = zip(edges, edges[1:], strict=False)
+        return [reader.sample(num_frames=self.processor.num_frames, start=a, end=b) for a, b in spans]
+
+    def _teacher_turn(
+        self, frames: VideoFrames, prompt: str, ids: list[int], labels: list[int]
+    ) -> dict[str, Tensor]:
+        """The turn with the video in its context: its prompt as the base gets it, then the answer's very tokens."""
+        inputs = dict(self.processor.encode_video(frames, prompt, add_generation_prompt=True))
+        answer = torch.tensor([ids[next(i for i, label in enumerate(labels) if label != IGNORE_INDEX) :]])
+        context = inputs["input_ids"].shape[1]
+        for name, value in inputs.items():
+            if value.dim() == 2 and value.shape == (1, context):  # one number a token
+                tail = answer if name == "input_ids" else torch.full_like(answer, int(name == "attention_mask"))
+                inputs[name] = torch.cat([value, tail], dim=1)
+        return inputs | {"labels": torch.cat([torch.full((1, context), IGNORE_INDEX), answer], dim=1)}
+
+    def _join(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        turns = [turn for sample in samples for turn in sample["turns"]]
+        batch: dict[str, Any] = self.processor.pad_turns(turns)
+        batch["video_inputs"] = dict(self.processor.pad([part for sample in samples for part in sample["segments"]]))
+        batch["queries_per_video"] = [len(sample["turns"]) for sample in samples]
+        batch["segments_per_adapter"] = [len(sample["segments"]) for sample in samples]
+        batch["query_ids"] = [query_id for sample in samples for query_id in sample["query_ids"]]
+        if self.online_teacher:
+            teacher = [turn for sample in samples for turn in sample["teacher"]]
+            batch["teacher_inputs"] = dict(self.processor.pad(teacher))
+        return batch
+
+    def _dummy(self) -> dict[str, Any]:
+        """Something to run on where no video of a batch could be read."""
+        frames = self.processor.load_video(torch.full((1, 8, 8, 3), 128, dtype=torch.uint8))
+        turn = self.processor.encode_turn("?", "?")
+        sample = {"segments": [self.processor.encode_video(frames)], "turns": [turn], "query_ids": [("", 0)]}
+        return sample | ({"teacher": [self._teacher_turn(frames, "?", *turn)]} if self.online_teacher else {})
+
+    def _random(self, row_id: str) -> random.Random:
+        key = f"{self.seed}\x1f{int(self._epoch)}\x1f{row_id}".encode()
+        return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))

@@ -1,0 +1,285 @@
+"""Trainer: a thin Trainer for hypernetworks; the base is frozen, the loss is counted over queries."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from ..data import load_rows
+from ..data.errors import DatasetError
+from ..modeling import Video2LoraConfig, Video2LoraModel, Video2LoraProcessor
+from .arguments import Video2LoraTrainingArguments
+from .checkpoints import check_same_model, is_complete, last_complete_checkpoint, mark_complete
+from .collator import Video2LoraCollator
+from .losses import kl_per_token, kl_top_k_per_token, mean_per_query
+
+logger = logging.get_logger(__name__)
+
+
+class Video2LoraTrainer(Trainer):
+    """Trains the hypernetwork of a [`Video2LoraModel`]; everything else is transformers' Trainer.
+
+    The loss is the mean over all queries of a global step (every process and every accumulated batch) of each query's
+    mean over its labelled tokens, so unequal numbers of queries, accumulation and processes change nothing.
+
+    Args:
+        model: the model.
+        args: [`Video2LoraTrainingArguments`].
+        train_dataset, eval_dataset: whatever [`load_rows`] takes (a JSONL path, rows, a `datasets` object, streaming
+            too), or what it returned.
+        processing_class: the model's processor; that of its base with the model's settings by default.
+        kwargs: what transformers' Trainer takes.
+    """
+
+    args: Video2LoraTrainingArguments
+    # Trainer must not divide again by the number of accumulated batches (two spellings of two versions)
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Video2LoraModel,
+        args: Video2LoraTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Video2LoraProcessor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.processor = processing_class or Video2LoraProcessor.from_config(model.config)
+        options: dict[str, Any] = {"seed": args.seed, "online_teacher": args.teacher == "online"}
+        self.train_collator = Video2LoraCollator(
+            self.processor,
+            composition_probability=args.composition_probability,
+            max_segments=args.max_segments,
+            max_queries_per_video=args.max_queries_per_video,
+            **options,
+        )
+        self.eval_collator = Video2LoraCollator(self.processor, training=False, **options)
+        self.teacher = _open_teacher(args.teacher)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", self.train_collator),
+            train_dataset=_as_rows(train_dataset),
+            eval_dataset=_as_rows(eval_dataset),
+            processing_class=self.processor,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True
+        self.num_videos = self.num_skipped = 0
+        self._losses: list[Tensor] = []
+        self.add_callback(_Epochs(self.train_collator))
+
+    # --- batches ---------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the parent's, with all queries and whole videos."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = _as_rows(eval_dataset)
+        training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Queries with weight in all batches of a global step, over all processes.
+
+        The videos left out are counted in the same exchange, so every process sees the same count and stops, or goes
+        on, with the others.
+        """
+        if not batch_samples:
+            return None
+        queries = sum(float(batch["query_weights"].sum()) for batch in batch_samples)
+        skipped = [message for batch in batch_samples for message in batch["skipped"]]
+        videos = sum(int(batch["num_videos"]) for batch in batch_samples)
+        for message in skipped:
+            logger.warning(f"left out: {message}")
+        counts = torch.tensor([[queries, videos, len(skipped)]], dtype=torch.float64, device=_counting_device(device))
+        queries, videos, left_out = self.accelerator.gather(counts).sum(0).tolist()
+        self._count(int(videos), int(left_out))
+        return max(int(queries), 1)
+
+    def _count(self, videos: int, skipped: int) -> None:
+        """Keep count of the videos left out, and stop when they are too many."""
+        self.num_videos += videos
+        self.num_skipped += skipped
+        allowed = max(self.args.max_bad_fraction * self.num_videos, self.args.max_bad_fraction * 100)
+        if self.num_skipped > allowed:
+            raise DatasetError(
+                f"{self.num_skipped} of {self.num_videos} videos could not be read, more than max_bad_fraction="
+                f"{self.args.max_bad_fraction} allows: run check_rows on the dataset (the log names each video)."
+            )
+
+    # --- loss ------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the weighted query losses over the queries of the global step."""
+        names = ("input_ids", "attention_mask", "labels", "video_inputs", "teacher_inputs")
+        arguments = {name: inputs[name] for name in names if name in inputs}
+        counts = {name: inputs[name] for name in ("queries_per_video", "segments_per_adapter")}
+        outputs = model(**arguments, **counts)
+        losses = self._query_losses(outputs, inputs)
+        weights = inputs["query_weights"].to(losses)
+        if num_items_in_batch is None:
+            num_items_in_batch = weights.sum().clamp_min(1.0)
+        # gradients are averaged over processes, but the queries were counted over all of them
+        loss = (losses * weights).sum() / num_items_in_batch * self.accelerator.num_processes
+        self._losses = [losses.detach(), weights]
+        return (loss, outputs) if return_outputs else loss
+
+    def _query_losses(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """Each query's loss: the recipe's cross-entropy, the divergence from the teacher, or a mixture."""
+        args = self.args
+        losses = args.ce_weight * outputs.query_losses
+        if not args.kl_weight:
+            return losses
+        if outputs.teacher_logits is not None:
+            divergence = kl_per_token(outputs.label_logits, outputs.teacher_logits, args.kl_temperature)
+        else:
+            assert self.teacher is not None
+            stored = [self.teacher[row_id, number] for row_id, number in inputs["query_ids"]]
+            joined = {k: torch.cat([s[k] for s in stored]).to(losses.device) for k in stored[0]}
+            divergence = kl_top_k_per_token(outputs.label_logits, **joined)
+        return losses + args.kl_weight * mean_per_query(divergence, inputs["labels"])
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, None, None]:
+        """The loss alone; generated answers are the samples callback's business."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs) / self.accelerator.num_processes
+        losses, weights = self._losses
+        counts = inputs["queries_per_video"]
+        by_video = zip((losses * weights).split(counts), weights.split(counts), strict=True)
+        totals = losses.new_zeros(int(inputs["num_videos"]), 2, dtype=torch.float64)
+        for place, (part, count) in zip(inputs["kept"], by_video, strict=True):
+            totals[place] = torch.stack([part.sum(), count.sum()])
+        # drops the rows that were repeated to give every process a full last batch
+        self._eval_totals += self.accelerator.gather_for_metrics(totals).sum(0).cpu()
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, with the loss counted over queries rather than averaged over batches."""
+        self._eval_totals = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        total, count = self._eval_totals.tolist()
+        metrics: dict[str, float] = output.metrics or {}
+        metrics[f"{prefix}_loss"] = total / max(count, 1.0)
+        return output
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
+
+        Raises:
+            ValueError: there is none, or it was cut short, or it is of a model of another rank, targets or base.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: nothing to resume from.")
+        if resume_from_checkpoint:
+            if not is_complete(resume_from_checkpoint):
+                raise ValueError(f"{resume_from_checkpoint} is no complete checkpoint: it was cut short, or is none.")
+            check_same_model(resume_from_checkpoint, self._config())
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _config(self) -> Video2LoraConfig:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return model.config
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint, then its marker, and only then drop older ones."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        run_dir = self._get_output_dir(trial=trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            mark_complete(folder, self.state.global_step)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the hypernetwork, strictly; the base is in memory already."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target: Any = self.accelerator.unwrap_model(model or self.model)
+        state = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+        prefix = "hypernetwork."
+        target.hypernetwork.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As the parent's, with the arguments as JSON: nothing that is shipped is a pickle."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _load_best_model(self) -> None:
+        """Load the hypernetwork of the best checkpoint."""
+        if self.state.best_model_checkpoint is None:
+            return
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Epochs(TrainerCallback):
+    """Tells the collator, in whatever process it runs, which epoch it draws for."""
+
+    def __init__(self, collator: Video2LoraCollator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.collator.set_epoch(int(state.epoch or 0))
+
+
+def _open_teacher(teacher: str | None) -> Any:
+    """The reader of a teacher's stored logits, where `teacher` is their directory."""
+    if teacher in (None, "online"):
+        return None
+    from .teacher import TeacherLogits
+
+    return TeacherLogits(teacher)
+
+
+def _as_rows(dataset: Any) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict) and not {"video", "video_path"} & set(dataset):
+        return {name: load_rows(part) for name, part in dataset.items()}
+    return load_rows(dataset)
+
+
+def _counting_device(device: torch.device) -> torch.device:
+    """Where a few counts are exchanged: float64 is not had everywhere, but everywhere NCCL is."""
+    return device if device.type == "cuda" else torch.device("cpu")
