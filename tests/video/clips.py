@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+
+from video2lora.video import compat
 
 BITS = 8
 CELL = 16
@@ -47,7 +50,7 @@ def write_clip(
     time_base: Fraction = Fraction(1, 25),
     gop_size: int = 10,
     b_frames: int = 2,
-    rotation: float | None = None,
+    rotation: int = 0,
     mirrored: bool = False,
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
@@ -69,8 +72,6 @@ def write_clip(
             stream.options = {"sc_threshold": "0", "crf": "18", **(options or {})}
         elif options:
             stream.options = options
-        if rotation is not None or mirrored:
-            stream.set_display_rotation(rotation or 0, hflip=mirrored)
         for i in range(num_frames):
             image = picture(i)
             if seed is not None:
@@ -79,7 +80,35 @@ def write_clip(
             frame.pts, frame.time_base = (i if pts is None else pts[i]), time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    if rotation or mirrored:
+        set_orientation(path, rotation, mirrored)
     return path
+
+
+def set_orientation(path: Path, rotation: int, mirrored: bool) -> None:
+    """Write a display matrix into an MP4 (ISO 14496-12 8.3.2): turned counterclockwise, and what is seen is mirrored.
+
+    Only PyAV 17.1 and later can do it while it writes the file.
+    """
+    one = 1 << 16
+    cos, sin = {0: (one, 0), 90: (0, one), 180: (-one, 0), -90: (0, -one)}[rotation]
+    flip = -1 if mirrored else 1
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, flip * cos, -sin, 0, flip * sin, cos, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+def shift(path: Path, num_frames: int, to: Path) -> None:
+    """A copy of an MP4 whose first frames, at 25 a second, lie before time 0: an edit list drops them."""
+    options = {"movflags": "faststart"}
+    with av.open(str(path)) as source, av.open(str(to), "w", container_options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is None:
+                continue
+            cut = int(num_frames / 25 / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, stream
+            target.mux(packet)
 
 
 def write_sound(path: Path, cover: bool = False) -> Path:
@@ -90,7 +119,7 @@ def write_sound(path: Path, cover: bool = False) -> Path:
         if cover:
             image = container.add_stream("mjpeg", rate=1)
             image.width, image.height, image.pix_fmt = 64, 64, "yuvj420p"
-            image.disposition = av.stream.Disposition.attached_pic
+            image.disposition = av.stream.Disposition.attached_pic.value  # PyAV below 17.1 takes only numbers
             frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")
             container.mux(image.encode(frame.reformat(format="yuvj420p")))
         for i in range(8):
@@ -102,15 +131,26 @@ def write_sound(path: Path, cover: bool = False) -> Path:
 
 
 def decode_all(path: str | Path | bytes) -> list[tuple[float, np.ndarray]]:
-    """Naively decode every frame of the best video stream: (seconds from the first, pixels as stored)."""
+    """Naively decode every frame of the best video stream: (seconds from the first, pixels as stored).
+
+    PyAV 15 and 16 take every video for BT.601; there the pixels come from the room's scaler, for which test_colours.py
+    vouches.
+    """
     with av.open(io.BytesIO(path) if isinstance(path, bytes) else str(path)) as container:
         stream = container.streams.best("video")
         stream.thread_count = 1
+        scale = compat.RgbScaler(stream.codec_context.codec.canonical_name)
         frames = []
         for packet in container.demux(stream):
             try:
-                frames += [(frame.pts, frame.to_ndarray(format="rgb24")) for frame in packet.decode()]
+                decoded = packet.decode()
             except av.FFmpegError:
                 continue
+            for frame in decoded:
+                if compat._SCALES_BY_FRAME:
+                    pixels = frame.to_ndarray(format="rgb24")
+                else:
+                    pixels = scale(frame, frame.width, frame.height, "BILINEAR").to_ndarray()
+                frames.append((frame.pts, pixels))
         base = float(stream.time_base)
         return [((pts - frames[0][0]) * base, pixels) for pts, pixels in frames]

@@ -8,9 +8,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from tests.video.clips import decode_all, number_in, numbers_in, write_clip, write_sound
+from tests.video.clips import decode_all, number_in, numbers_in, shift, write_clip, write_sound
 
 from video2lora.video import UnreadableVideoError, VideoError, VideoReader, load_video, probe_video
+from video2lora.video.decoder import VideoDecoder
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,19 @@ def test_damage_gives_what_a_naive_decode_gives(noisy: Path, tmp_path: Path):
         assert np.array_equal(load_video(path).frames, got.frames)  # the same again, whatever the threads did
 
 
+@pytest.mark.parametrize("lost", [57, 58, 59])
+def test_damage_at_the_end_is_the_same_on_any_number_of_threads(
+    noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+):
+    """Then it comes up only while the decoder is emptied, when PyAV 18 says nothing of it."""
+    path = damage(noisy, {lost}, tmp_path / "end.mp4")
+    expected = [time for time, _ in decode_all(path)]
+    for threads in (0, 1, 2, 3, 8):
+        monkeypatch.setattr(VideoDecoder, "_threads", threads)
+        got = load_video(path)
+        assert got.timestamps == pytest.approx(expected) and got.num_decode_errors == 1
+
+
 def test_a_file_cut_short(noisy: Path, tmp_path: Path):
     path = tmp_path / "cut.mp4"
     path.write_bytes(noisy.read_bytes()[: noisy.stat().st_size * 6 // 10])
@@ -104,6 +118,45 @@ def test_a_file_cut_short(noisy: Path, tmp_path: Path):
     assert got.num_decode_errors >= 15  # the packets that are not there
     assert got.end == got.duration < 2.0
     assert numbers_in(load_video(path, num_frames=2).frames)[0] == 0
+
+
+def cut_and_count(path: Path, share: float, to: Path) -> int:
+    """Keep that share of the packets' bytes, the last packet torn; how many packets are then not whole."""
+    with av.open(str(path)) as container:
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+        first = min(ends)
+    length = first + int((max(ends) - first) * share)
+    to.write_bytes(path.read_bytes()[:length])
+    return sum(end > length for end in ends)
+
+
+def test_packets_cut_off_are_counted_exactly(noisy: Path, folder: Path, tmp_path: Path):
+    """Those that an edit list drops are not among them, and counting disturbs nobody who shares the file object."""
+    edited = folder / "edited-noisy.mp4"
+    shift(noisy, 14, edited)
+    for whole in (noisy, edited):
+        path = tmp_path / "cut.mp4"
+        lost = cut_and_count(whole, 0.6, path)
+        for video in (path, path.read_bytes()):
+            got = load_video(video)
+            assert got.num_decode_errors == lost > 10
+            assert np.array_equal(got.frames[:20], load_video(whole).frames[:20])
+
+
+@pytest.mark.skipif(
+    not hasattr(av.VideoStream, "index_entries"),
+    reason="PyAV below 17.0 shows no list of packets, and a fragmented MP4 has no count of them in its header",
+)
+def test_packets_cut_off_a_fragmented_file_are_counted(folder: Path, tmp_path: Path):
+    whole = write_clip(
+        folder / "fragmented-noisy.mp4",
+        60,
+        gop_size=30,
+        seed=0,
+        container_options={"movflags": "frag_keyframe+empty_moov"},
+    )
+    lost = cut_and_count(whole, 0.6, tmp_path / "cut.mp4")
+    assert load_video(tmp_path / "cut.mp4").num_decode_errors == lost > 10
 
 
 def test_a_matroska_file_cut_short(folder: Path, tmp_path: Path):

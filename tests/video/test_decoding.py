@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from tests.video.clips import HEIGHT, VFR_MS, WIDTH, decode_all, number_in, numbers_in, picture, write_clip
+from tests.video.clips import HEIGHT, VFR_MS, WIDTH, decode_all, number_in, numbers_in, picture, shift, write_clip
 
 from video2lora.video import VideoReader, decoder, load_video, probe_video
 
@@ -51,7 +51,9 @@ def test_spans_and_rates(cfr: Path):
 
 
 def test_variable_rate_goes_by_what_is_on_display(vfr: Path):
-    assert load_video(vfr).timestamps == pytest.approx(np.array(VFR_MS) / 1000)
+    got = load_video(vfr)
+    assert got.timestamps == pytest.approx(np.array(VFR_MS) / 1000)
+    assert got.duration == pytest.approx(3.073)  # as its packet has it; FFmpeg 7 gives that packet no duration
     got = load_video(vfr, num_frames=5)  # targets 0, 0.76, 1.52, 2.28, 3.04
     assert numbers_in(got.frames) == [0, 5, 9, 11]
     assert got.timestamps == pytest.approx((0, 0.52, 1.8, 3.04))
@@ -241,14 +243,7 @@ def test_odd_sizes(folder: Path, size: tuple[int, int]):
 def test_edit_list_hides_frames(folder: Path, cfr: Path):
     """Frames before time 0 are stored but not shown: in no count, in no result."""
     path = folder / "edited.mp4"
-    with av.open(str(cfr)) as source, av.open(str(path), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.dts is None:
-                continue
-            cut = int(14 / 25 / packet.time_base)
-            packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, stream
-            target.mux(packet)
+    shift(cfr, 14, path)
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 50
     got = load_video(path)
@@ -285,7 +280,7 @@ def test_the_best_of_several_streams(folder: Path):
             stream = container.add_stream("libx264", rate=25)
             (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
             streams.append(stream)
-        streams[0].disposition, streams[1].disposition = av.stream.Disposition(0), av.stream.Disposition.default
+        streams[0].disposition, streams[1].disposition = 0, av.stream.Disposition.default.value
         for i in range(10):
             for stream in streams:
                 image = picture(i)[: stream.height, : stream.width]

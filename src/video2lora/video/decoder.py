@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import av
 import numpy as np
 
+from .compat import read_only
 from .errors import UnreadableVideoError
 from .index import PacketIndex, index_packets, packets
 from .pixels import FrameConverter
@@ -37,12 +38,13 @@ class VideoDecoder:
     cost of reading it once.
     """
 
+    _threads = 0  # FFmpeg's choice
+
     def __init__(self, source: VideoSource):
         self.source = source
-        self._threads = 0  # FFmpeg's choice
         self._open()
         try:
-            self.index: PacketIndex = index_packets(self.container, self.stream, source.name)
+            self.index: PacketIndex = index_packets(source, self.container, self.stream)
         except BaseException:
             self.container.close()
             raise
@@ -88,9 +90,7 @@ class VideoDecoder:
         self.container = self.source.open()
         try:
             self.stream = best_video_stream(self.container, self.source.name)
-            for stream in self.container.streams:
-                if stream is not self.stream:
-                    stream.discard = av.stream.Discard.all
+            read_only(self.container, self.stream)
             self.stream.thread_type = "AUTO"
             self.stream.thread_count = self._threads
         except BaseException:
@@ -223,6 +223,8 @@ class _Run:
                 self._note_damage(time)
             previous = time
             yield _Shown(time, frame)
+        if previous < pts[-1] and self._decoder._threads != 1:
+            raise _Damage  # emptying its buffers, PyAV 18 keeps an error to itself and drops the frames behind it
 
     def _decoded(self, stream_packets: Iterable[av.Packet | None], earliest: int) -> Iterator[av.VideoFrame]:
         """What the decoder gives for all packets and then, its buffers emptied, at the end."""

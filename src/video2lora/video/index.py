@@ -10,7 +10,9 @@ import av
 import numpy as np
 from av.container import InputContainer
 
+from .compat import num_missing_packets
 from .errors import UnreadableVideoError
+from .sources import VideoSource
 
 _FALLBACK_RATE = 25  # frames per second, FFmpeg's own guess for a stream that says nothing about time
 
@@ -27,7 +29,8 @@ class PacketIndex:
             and their positions among the packets.
         counted: packets do not say when their frames are shown (raw H.264, or H.264 with B-frames in AVI); the i-th
             frame out of the decoder then has `pts[i]`, so decoding always begins with the first packet.
-        num_errors: packets that could not be read, those that the header lists after the end of a cut file included.
+        num_errors: packets that could not be read, those that the header lists after the end of a cut file included
+            (`num_missing_packets`).
     """
 
     pts: np.ndarray
@@ -56,13 +59,13 @@ class PacketIndex:
         return max(int(np.searchsorted(self.key_pts, pts, side="right")) - 1, 0)
 
 
-def index_packets(container: InputContainer, stream: av.VideoStream, name: str) -> PacketIndex:
-    """Read every packet of `stream` once, decoding none.
+def index_packets(source: VideoSource, container: InputContainer, stream: av.VideoStream) -> PacketIndex:
+    """Read every packet of `stream`, a stream of `container`, which is `source` opened; decode none.
 
     Raises:
         UnreadableVideoError: there is no packet.
     """
-    shown: list[tuple[int, int]] = []  # presentation time, duration
+    shown: list[tuple[int, int, int]] = []  # presentation time, duration, decoding time
     keys: list[tuple[int, int, int]] = []  # presentation time, decoding time, position
     num_packets = num_errors = duration = 0
     has_hidden_frames = stream.codec_context.name in ("vp8", "libvpx")
@@ -80,10 +83,10 @@ def index_packets(container: InputContainer, stream: av.VideoStream, name: str) 
             keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts, position))
         if packet.is_discard or (has_hidden_frames and not memoryview(packet)[0] & 0x10):  # show_frame, RFC 6386 9.1
             continue
-        shown.append((packet.pts, packet.duration or 0))
+        shown.append((packet.pts, packet.duration or 0, packet.pts if packet.dts is None else packet.dts))
     if num_packets == 0:
-        raise UnreadableVideoError(f"{name}: its video stream holds no frames; the file is cut short or empty.")
-    num_errors += max(0, len(stream.index_entries) - num_packets)
+        raise UnreadableVideoError(f"{source.name}: its video stream holds no frames; the file is cut short or empty.")
+    num_errors += num_missing_packets(source, stream, num_packets)
     if not shown:
         return _timeless_index(stream, num_packets, duration, num_errors)
     table = np.array(shown, dtype=np.int64)
@@ -92,7 +95,7 @@ def index_packets(container: InputContainer, stream: av.VideoStream, name: str) 
     in_order = bool((np.diff(table[:, 0]) > 0).all())
     counted = container.format.name == "avi" and stream.codec_context.has_b_frames and in_order
     keys = sorted(keys) if keys and not counted else [(int(pts[0]), int(pts[0]), 0)]
-    end = _end(pts, int(table[first_of[-1], 1]), stream, container)
+    end = _end(pts, _duration(table, int(first_of[-1]), container), stream, container)
     key_pts, key_dts, key_packet = np.array(keys, dtype=np.int64).T
     assert stream.time_base is not None
     return PacketIndex(pts, end, stream.time_base, key_pts, key_dts, key_packet, counted, num_errors)
@@ -115,6 +118,16 @@ def packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Pa
             return
         except av.FFmpegError:
             yield None
+
+
+def _duration(table: np.ndarray, row: int, container: InputContainer) -> int:
+    """How long the frame of a packet is on display, 0 where nothing tells it.
+
+    In MP4 a frame lasts as long as its packet: until the next is decoded. FFmpeg 7 says so only at a constant rate.
+    """
+    if table[row, 1] == 0 and "mp4" in container.format.name.split(",") and row + 1 < len(table):
+        return int(table[row + 1, 2] - table[row, 2])
+    return int(table[row, 1])
 
 
 def _end(pts: np.ndarray, last_duration: int, stream: av.VideoStream, container: InputContainer) -> int | None:

@@ -6,28 +6,34 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+
+from .compat import RgbScaler
 
 # swscale widens it when it shrinks, so nothing aliases. Of swscale's filters the closest to Pillow's LANCZOS on
 # full-size RGB, which is what SmolVLM2's processor does (about one grey level on average; AREA is 1.5 times as far).
-_SHRINK = Interpolation.LANCZOS
+_SHRINK = "LANCZOS"
 
 
 class FrameConverter:
     """Converts the frames of one video to RGB, shrunk to `longest_edge` pixels and turned upright.
 
-    All frames get the size of the first, also where a stream changes its resolution. Without shrinking the pixels are
-    those of PyAV's `frame.to_ndarray(format="rgb24")`.
+    All frames get the size of the first, also where a stream changes its resolution. Colours go by what each frame
+    declares (`RgbScaler`). Without shrinking the pixels are those of `frame.to_ndarray(format="rgb24")` in PyAV 17 and
+    later.
+
+    Args:
+        longest_edge: pixels; None: no shrinking.
+        codec: canonical name of the video codec, see `RgbScaler`; "frames" for frames in memory.
     """
 
-    def __init__(self, longest_edge: int | None = None):
+    def __init__(self, longest_edge: int | None, codec: str):
         self.longest_edge = longest_edge
         self.size: tuple[int, int] | None = None
         """(width, height) of the first frame as displayed, before shrinking."""
         self._coded = (0, 0)
         self._rotation: int | None = None
         self._orientation = (False, False, False)
-        self._reformatter = VideoReformatter()
+        self._scale = RgbScaler(codec)
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """One frame as uint8 [height, width, 3]."""
@@ -39,12 +45,8 @@ class FrameConverter:
             self._coded = fit(frame.width, frame.height, self.longest_edge)
             self.size = (frame.height, frame.width) if transposed else (frame.width, frame.height)
         width, height = self._coded
-        # One thread: the pixels must not depend on the number of cores.
-        if (width, height) == (frame.width, frame.height):
-            converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
-        else:
-            converted = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=_SHRINK, threads=1)
-        picture = converted.to_ndarray()
+        same_size = (width, height) == (frame.width, frame.height)
+        picture = self._scale(frame, width, height, "BILINEAR" if same_size else _SHRINK).to_ndarray()
         if transposed:
             picture = picture.transpose(1, 0, 2)
         return np.ascontiguousarray(picture[:: -1 if flip_y else 1, :: -1 if flip_x else 1])

@@ -34,12 +34,12 @@ class VideoReader:
     def __init__(self, video: Any, *, longest_edge: int | None = None, timestamps: Sequence[float] | None = None):
         if longest_edge is not None and longest_edge < 1:
             raise VideoError(f"longest_edge={longest_edge}, but it must be at least 1 pixel (or None).")
-        self._convert = FrameConverter(longest_edge)
         self._source: VideoSource | None = None
         self._sha256: str | None = None
         self._frames: VideoDecoder | MemoryFrames
         if is_frames(video):
             self._frames = MemoryFrames(video, timestamps)
+            self._convert = FrameConverter(longest_edge, "frames")
             self.name, self.tick = self._frames.name, 0.0
             self.times, self.duration = self._frames.times, self._frames.duration
             return
@@ -52,6 +52,7 @@ class VideoReader:
         except BaseException:
             self._source.close()
             raise
+        self._convert = FrameConverter(longest_edge, self._frames.stream.codec_context.codec.canonical_name)
         index = self._frames.index
         self.name, self.tick = self._source.name, float(index.time_base)
         self.times, self.duration = index.times, index.duration

@@ -12,8 +12,8 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -57,8 +57,8 @@ class VideoSource:
             self.close()
             raise
 
-    def open(self) -> InputContainer:
-        """A fresh PyAV container at the start of the file.
+    def open(self, options: dict[str, str] | None = None) -> InputContainer:
+        """A fresh PyAV container at the start of the file, with `options` for FFmpeg's demuxer.
 
         Raises:
             UnreadableVideoError: FFmpeg cannot read it.
@@ -66,10 +66,10 @@ class VideoSource:
         try:
             if self._path is not None:
                 # With the protocol named, a colon or a percent sign in a file name means nothing to FFmpeg.
-                return av.open("file:" + self._path, mode="r", metadata_errors="replace")
+                return av.open("file:" + self._path, mode="r", options=options, metadata_errors="replace")
             assert self._file is not None
             self._file.seek(0)
-            return av.open(self._file, mode="r", metadata_errors="replace")
+            return av.open(self._file, mode="r", options=options, metadata_errors="replace")
         except av.FFmpegError as error:
             raise UnreadableVideoError(
                 f"{self.name}: FFmpeg cannot read it as a video ({error.strerror}). Expected a complete file such as "
@@ -85,12 +85,21 @@ class VideoSource:
                     _update(digest, file)
             else:
                 assert self._file is not None
-                position = self._file.tell()  # a container may be reading this very object
-                self._file.seek(0)
-                _update(digest, self._file)
-                self._file.seek(position)
+                with self.undisturbed():
+                    self._file.seek(0)
+                    _update(digest, self._file)
             self._sha256 = digest.hexdigest()
         return self._sha256
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Put a file object back where it is now: an open container reads on from there."""
+        position = None if self._file is None else self._file.tell()
+        try:
+            yield
+        finally:
+            if self._file is not None and position is not None:
+                self._file.seek(position)
 
     def close(self) -> None:
         """Remove temporary files and put a caller's file object back where it was."""
