@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from video2lora.modeling import Hypernetwork, LoraTargets, Video2LoraConfig, hypernetwork
+from video2lora.modeling import Hypernetwork, LoraTargets, Video2LoraConfig, hypernetwork, perceiver
 from video2lora.modeling.hypernetwork import Padding
 
 from . import reference
@@ -163,3 +163,19 @@ def test_bfloat16_tokens_meet_float32_latents():
             for mine, wanted in ((ours.lora_A, exact.lora_A), (ours.lora_B, exact.lora_B)):
                 assert mine["down_proj"].dtype == torch.float32
                 assert (mine["down_proj"] - wanted["down_proj"]).norm() <= bound * wanted["down_proj"].norm()
+
+
+@pytest.mark.parametrize("tokens", [3, 8, 9, 31, 64])
+def test_a_sum_over_many_tokens_in_parts(tokens, monkeypatch):
+    monkeypatch.setattr(perceiver, "TOKENS_PER_PART", 4)
+    weights = torch.rand(2, 5, tokens, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(2, tokens, 6, dtype=torch.float64, requires_grad=True)
+    ours, plain = perceiver.weighted_sum(weights, values), weights @ values
+    torch.testing.assert_close(ours, plain, atol=1e-13, rtol=0)
+    gradient = torch.randn_like(plain)
+    for mine, wanted in zip(
+        torch.autograd.grad(ours, (weights, values), gradient),
+        torch.autograd.grad(plain, (weights, values), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, wanted, atol=1e-13, rtol=0)

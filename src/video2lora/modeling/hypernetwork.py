@@ -132,7 +132,10 @@ class Hypernetwork(nn.Module):
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         with torch.autocast(device_type, enabled=False):
             chunks = hidden_states.to(dtype or hidden_states.dtype).split(TOKENS_PER_CHUNK)
-            return torch.cat([self.perceiver.project(chunk) for chunk in chunks])
+            if not torch.is_grad_enabled():
+                return torch.cat([self.perceiver.project(chunk) for chunk in chunks])
+            # what is 4H wide is most of a step's memory, and cheap to compute again
+            return torch.cat([checkpoint(self.perceiver.project, chunk, use_reentrant=False) for chunk in chunks])
 
     def read(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read projected tokens `[batch, tokens, latent_size]` into `[batch, modules * rank, latent_size]`."""

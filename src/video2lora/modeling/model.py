@@ -21,6 +21,7 @@ from .injection import inject_lora
 from .lora import LoraWeights, stack_lora
 from .streaming import keep_rope_deltas, stream_hidden_states
 from .targets import LoraTargets, resolve_targets
+from .vision import are_frames, embed_frames
 
 TOKENS_IN_FLIGHT = 65536
 """Tokens of hidden states (summed over layers and videos) that wait until the perceiver reads them together."""
@@ -135,7 +136,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
 
     def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
         """Stream the VLM's hidden states through the perceiver: `[batch, layers, modules * rank, latent_size]`."""
-        inputs = {k: self._to_vlm(v) for k, v in video_inputs.items()}
+        inputs = self._to_vlm(video_inputs)
         attention_mask = inputs.get("attention_mask")
         padding = None if attention_mask is None else Padding.of(attention_mask)
         device = self.hypernetwork.device
@@ -166,12 +167,17 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         kinds = {base.__name__ for module in self.vlm.modules() for base in type(module).__mro__}
         return any("FSDP" in kind or kind == "FullyShardedDataParallel" for kind in kinds)
 
-    def _to_vlm(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        # pixels take the base's dtype; a number for each video (Qwen's seconds per grid step) must not be rounded
-        pixels = value.is_floating_point() and value.dim() > 1
-        return value.to(self.vlm.device, self.vlm.dtype if pixels else None)
+    def _to_vlm(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs on the base's device and pixels in its dtype; frames stay where they are until they are read."""
+        frames = are_frames(inputs.get("pixel_values"))
+        moved = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and not (frames and name.startswith("pixel_")):
+                # a number for each video (Qwen's seconds per grid step) must not be rounded to the base's dtype
+                pixels = value.is_floating_point() and value.dim() > 1
+                value = value.to(self.vlm.device, self.vlm.dtype if pixels else None)
+            moved[name] = value
+        return moved
 
     # --- adapter to answers ----------------------------------------------------------------------------------------
 
@@ -227,8 +233,9 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
     @torch.no_grad()
     def _teacher_logits(self, teacher_inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits of the base that sees the video, where its labels stand: `[labelled tokens, vocabulary]`."""
-        inputs = {name: self._to_vlm(value) for name, value in teacher_inputs.items()}
+        inputs = self._to_vlm(teacher_inputs)
         labelled = inputs.pop("labels")[:, 1:] != -100
+        inputs = embed_frames(self.vlm, inputs)
         with keep_rope_deltas(self.vlm), self._predict_only(labelled):
             return self.vlm(**inputs, use_cache=False).logits[0]
 

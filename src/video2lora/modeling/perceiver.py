@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu, softmax
 
 RMS_NORM_EPS = 1e-6
+TOKENS_PER_PART = 1024
 
 
 def rms_normalize(x: Tensor) -> Tensor:
@@ -49,6 +50,22 @@ class GatedMLP(nn.Module):
         """Computes in the dtype of `x`: the weights are cast to it, so that bfloat16 tokens meet float32 weights."""
         gate, up, down = (module.weight.to(x.dtype) for module in (self.gate_proj, self.up_proj, self.down_proj))
         return linear(silu(linear(x, gate)) * linear(x, up), down)
+
+
+def weighted_sum(weights: Tensor, tokens: Tensor) -> Tensor:
+    """`weights @ tokens` over very many tokens: `[batch, rows, tokens]` by `[batch, tokens, size]`.
+
+    Done in parts of `TOKENS_PER_PART` that are then added up in float32: a matrix product with few rows and a sum over
+    a hundred thousand tokens keeps a GPU nearly idle.
+    """
+    parts = tokens.shape[1] // TOKENS_PER_PART
+    if parts < 2:
+        return weights @ tokens
+    even = parts * TOKENS_PER_PART
+    left = weights[..., :even].unflatten(2, (parts, -1)).transpose(1, 2)
+    right = tokens[:, :even].unflatten(1, (parts, -1))
+    total = (left @ right).sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return total + weights[..., even:] @ tokens[:, even:]
 
 
 class LatentLayer(nn.Module):
@@ -125,7 +142,7 @@ class LatentLayer(nn.Module):
         latent_scores = folded @ normed.transpose(1, 2)
         probs = softmax(torch.cat([token_scores, latent_scores], dim=-1), dim=-1)
         token_probs, latent_probs = probs.split([unit.shape[1], normed.shape[1]], dim=-1)
-        mixed = weight * (token_probs.to(unit.dtype) @ unit).to(folded.dtype) + latent_probs @ normed
+        mixed = weight * weighted_sum(token_probs.to(unit.dtype), unit).to(folded.dtype) + latent_probs @ normed
         # W_v comes after the weighted sum
         return torch.einsum("bnghe,gde->bnghd", mixed.unflatten(1, shape), value_weight).flatten(2, 3)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .targets import decoder_layers
+from .vision import embed_frames
 
 
 class _LastLayerReached(Exception):
@@ -58,7 +59,7 @@ def stream_hidden_states(
         with torch.no_grad(), keep_rope_deltas(vlm):
             try:
                 # the base model has no lm_head, which would otherwise run over every video token
-                getattr(vlm, "base_model", vlm)(**inputs, use_cache=False)
+                getattr(vlm, "base_model", vlm)(**embed_frames(vlm, inputs), use_cache=False)
             except _LastLayerReached:
                 pass
 
