@@ -41,7 +41,7 @@ def run(size: str, frames: list[int], batches: list[int], profile: bool) -> list
         row["ratio"] = row["internalize_ms"] / row["prefill_ms"]
         results.append(row)
         print(json.dumps(row), flush=True)
-        if profile and count in (12, 256) and videos == 1:
+        if profile and (count, videos) in ((12, 1), (256, 1), (12, 8)):
             with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
                 internalize()
                 torch.cuda.synchronize()
