@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import ask, compose, demo, env, import_checkpoint, inspect, internalize
+from . import ask, compose, demo, env, import_checkpoint, inspect, internalize, teach
 from ._errors import reports_errors
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app.command("inspect", no_args_is_help=True)(reports_errors(inspect.inspect))
 app.command("compose", no_args_is_help=True)(reports_errors(compose.compose))
 app.command("import-checkpoint", no_args_is_help=True)(reports_errors(import_checkpoint.import_checkpoint))
 app.command("demo")(reports_errors(demo.demo))
+app.command("teach", no_args_is_help=True)(reports_errors(teach.teach))
 app.command("env")(reports_errors(env.env))
 
 
