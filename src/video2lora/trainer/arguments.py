@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -40,7 +40,7 @@ class Video2LoraTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=RECIPE["learning_rate"])
-    lr_scheduler_type: Any = field(default=RECIPE["lr_scheduler_type"])
+    lr_scheduler_type: SchedulerType | str = field(default=RECIPE["lr_scheduler_type"])
     warmup_steps: float = field(default=RECIPE["warmup_steps"])
     weight_decay: float = field(default=RECIPE["weight_decay"])
     max_grad_norm: float = field(default=RECIPE["max_grad_norm"])
@@ -60,7 +60,7 @@ class Video2LoraTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: rows hold the video, which the model does not take.")
+            raise ValueError("remove_unused_columns must be False: the rows hold the video, no argument of the model.")
         if self.ce_weight < 0 or self.kl_weight < 0 or self.ce_weight + self.kl_weight == 0:
             raise ValueError(
                 f"ce_weight ({self.ce_weight}) and kl_weight ({self.kl_weight}) must not be negative, nor both 0."
@@ -69,6 +69,11 @@ class Video2LoraTrainingArguments(TrainingArguments):
             raise ValueError(f"kl_weight is {self.kl_weight}, but there is no teacher: 'online' or a directory.")
         if self.kl_temperature <= 0:
             raise ValueError(f"kl_temperature must be positive, got {self.kl_temperature}.")
+        if self.kl_temperature != 1 and self.teacher not in (None, "online"):
+            raise ValueError(
+                f"kl_temperature is {self.kl_temperature}, but the logits stored in {self.teacher!r} know only 1: use "
+                "teacher='online'."
+            )
         if not 0 <= self.composition_probability <= 1:
             raise ValueError(f"composition_probability must lie in 0..1, got {self.composition_probability}.")
         if self.max_segments < 2:
@@ -77,7 +82,7 @@ class Video2LoraTrainingArguments(TrainingArguments):
             raise ValueError(f"max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}.")
         if self.max_queries_per_video is not None and self.max_queries_per_video < 1:
             raise ValueError(f"max_queries_per_video must be at least 1 or None, got {self.max_queries_per_video}.")
-        if not isinstance(self.accelerator_config, (dict, str)) and self.accelerator_config is not None:
-            # every process reads its own rows: batches hold what cannot be sent from one process to the others
-            if self.accelerator_config.dispatch_batches is None:
-                self.accelerator_config.dispatch_batches = False
+        config: Any = self.accelerator_config
+        if config.dispatch_batches:
+            raise ValueError("dispatch_batches must not be set: batches hold what one process cannot send to others.")
+        config.dispatch_batches = False  # of a stream too: every process reads its own rows

@@ -21,9 +21,9 @@ class Video2LoraCollator:
     """Makes batches for [`Video2LoraModel.forward`] from rows of [`load_rows`].
 
     Decoding happens here, so in the workers of the data loader. A video that cannot be read is left out, with its
-    error in `skipped`; a batch with nothing left is one dummy video of weight zero, so that every process takes part in
-    every collective. What is random (segments, choice of queries) follows from seed, epoch and row id alone: a resumed
-    run draws what it would have drawn.
+    error in `skipped`; a batch with nothing left is one dummy video of weight zero, so that every process takes part
+    in every collective. What is random (segments, choice of queries) follows from seed, epoch and row id alone: a
+    resumed run draws what it would have drawn.
 
     Args:
         processor: the model's processor.
