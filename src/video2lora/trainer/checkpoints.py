@@ -11,6 +11,8 @@ from typing import Any
 from ..modeling.configuration import Video2LoraConfig
 
 MARKER = "checkpoint_complete.json"
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "*processor*", "training_args.json"]
+"""Files of a checkpoint that make a model: no optimizer, no pickle."""
 FIXED = (
     "rank",
     "lora_scaling",
@@ -33,6 +35,11 @@ def mark_complete(folder: str | os.PathLike, step: int) -> None:
     part = Path(folder) / (MARKER + ".part")
     part.write_text(json.dumps({"global_step": step}), encoding="utf-8")
     os.replace(part, Path(folder) / MARKER)
+
+
+def mark_incomplete(folder: str | os.PathLike) -> None:
+    """Take the mark away before `folder` is written again."""
+    (Path(folder) / MARKER).unlink(missing_ok=True)
 
 
 def is_complete(folder: str | os.PathLike) -> bool:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress, logging
 
 from ..data import load_rows
 from ..data.errors import DatasetError
 from ..modeling import Video2LoraConfig, Video2LoraModel, Video2LoraProcessor
 from .arguments import Video2LoraTrainingArguments
-from .checkpoints import check_same_model, is_complete, last_complete_checkpoint, mark_complete
+from .checkpoints import (
+    HUB_FILES,
+    check_same_model,
+    is_complete,
+    last_complete_checkpoint,
+    mark_complete,
+    mark_incomplete,
+)
 from .collator import Video2LoraCollator
 from .losses import kl_per_token, kl_top_k_per_token, mean_per_query
 
@@ -63,6 +73,9 @@ class Video2LoraTrainer(Trainer):
         )
         self.eval_collator = Video2LoraCollator(self.processor, training=False, **options)
         self.teacher = _open_teacher(args.teacher)
+        if args.n_gpu > 1:
+            logger.warning(f"training on one of {args.n_gpu} GPUs: start with `accelerate launch` to use all of them.")
+            args._n_gpu = 1  # Trainer would wrap the model in DataParallel, which cannot split these batches
         super().__init__(
             model=model,
             args=args,
@@ -72,10 +85,11 @@ class Video2LoraTrainer(Trainer):
             processing_class=self.processor,
             **kwargs,
         )
+        model.config.__dict__.pop("use_cache", None)  # Trainer's, and no field of this configuration
         self.model_accepts_loss_kwargs = True
         self.num_videos = self.num_skipped = 0
         self._losses: list[Tensor] = []
-        self.add_callback(_Epochs(self.train_collator))
+        self.add_callback(_Begin(self))
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -97,15 +111,14 @@ class Video2LoraTrainer(Trainer):
         """
         if not batch_samples:
             return None
-        queries = sum(float(batch["query_weights"].sum()) for batch in batch_samples)
+        queries = sum(int(batch["query_weights"].sum()) for batch in batch_samples)
         skipped = [message for batch in batch_samples for message in batch["skipped"]]
         videos = sum(int(batch["num_videos"]) for batch in batch_samples)
-        for message in skipped:
-            logger.warning(f"left out: {message}")
-        counts = torch.tensor([[queries, videos, len(skipped)]], dtype=torch.float64, device=_counting_device(device))
+        _log_skipped(skipped)
+        counts = torch.tensor([[queries, videos, len(skipped)]], device=device)
         queries, videos, left_out = self.accelerator.gather(counts).sum(0).tolist()
-        self._count(int(videos), int(left_out))
-        return max(int(queries), 1)
+        self._count(videos, left_out)
+        return max(queries, 1)
 
     def _count(self, videos: int, skipped: int) -> None:
         """Keep count of the videos left out, and stop when they are too many."""
@@ -165,24 +178,31 @@ class Video2LoraTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs) / self.accelerator.num_processes
+        _log_skipped(inputs["skipped"])
         losses, weights = self._losses
         counts = inputs["queries_per_video"]
         by_video = zip((losses * weights).split(counts), weights.split(counts), strict=True)
-        totals = losses.new_zeros(int(inputs["num_videos"]), 2, dtype=torch.float64)
+        totals = losses.new_zeros(int(inputs["num_videos"]), 2)
         for place, (part, count) in zip(inputs["kept"], by_video, strict=True):
             totals[place] = torch.stack([part.sum(), count.sum()])
         # drops the rows that were repeated to give every process a full last batch
-        self._eval_totals += self.accelerator.gather_for_metrics(totals).sum(0).cpu()
+        self._eval_totals += self.accelerator.gather_for_metrics(totals).cpu().double().sum(0)
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, with the loss counted over queries rather than averaged over batches."""
+        """As the parent's, with the loss counted over queries rather than averaged over batches.
+
+        Raises:
+            DatasetError: not one video could be read.
+        """
         self._eval_totals = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         total, count = self._eval_totals.tolist()
+        if not count:  # a loss of 0 would be the best there is
+            raise DatasetError("no video of the evaluation set could be read: run check_rows on it.")
         metrics: dict[str, float] = output.metrics or {}
-        metrics[f"{prefix}_loss"] = total / max(count, 1.0)
+        metrics[f"{prefix}_loss"] = total / count
         return output
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -201,23 +221,33 @@ class Video2LoraTrainer(Trainer):
             if not is_complete(resume_from_checkpoint):
                 raise ValueError(f"{resume_from_checkpoint} is no complete checkpoint: it was cut short, or is none.")
             check_same_model(resume_from_checkpoint, self._config())
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        # Trainer would write the tokenizer's special tokens into the configuration of the base, which stays as it is
+        self.processing_class = None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.processing_class = self.processor
 
     def _config(self) -> Video2LoraConfig:
         model: Any = self.accelerator.unwrap_model(self.model)
         return model.config
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint, then its marker, and only then drop older ones."""
+        """Write the checkpoint, then its marker, and only then upload it and drop older ones."""
+        run_dir = self._get_output_dir(trial=trial)
+        folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            mark_incomplete(folder)  # of an earlier run in the same place
+        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        push, self.args.push_to_hub = self.args.push_to_hub, False
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
-        run_dir = self._get_output_dir(trial=trial)
+            self.args.save_total_limit, self.args.push_to_hub = limit, push
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self._save_arguments(folder)
             mark_complete(folder, self.state.global_step)
             rotate_checkpoints(
                 output_dir=run_dir,
@@ -225,6 +255,40 @@ class Video2LoraTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+        if push:
+            self._push_from_checkpoint(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the parent's, without the pickled arguments that it uploads."""
+        running: Any = self.push_in_progress
+        done = running is None or running.is_done()
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not done and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        output_dir, checkpoint = str(self.args.output_dir), Path(checkpoint_folder)
+        for path in [path for pattern in HUB_FILES for path in checkpoint.glob(pattern)]:
+            if path.is_dir():
+                shutil.copytree(path, Path(output_dir, path.name), dirs_exist_ok=True)
+            else:
+                shutil.copy(path, output_dir)
+        upload = partial(
+            HfApi(token=self.args.hub_token).upload_folder,
+            repo_id=self.hub_model_id,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            run_as_future=True,
+        )
+        jobs = [upload(folder_path=output_dir, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if last else checkpoint.name
+            jobs.append(upload(folder_path=checkpoint_folder, path_in_repo=name))
+        if done:
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            running.jobs.extend(jobs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the hypernetwork, strictly; the base is in memory already."""
@@ -242,9 +306,12 @@ class Video2LoraTrainer(Trainer):
         """As the parent's, with the arguments as JSON: nothing that is shipped is a pickle."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+            folder = output_dir or str(self.args.output_dir)
+            Path(folder, "training_args.bin").unlink(missing_ok=True)
+            self._save_arguments(folder)
+
+    def _save_arguments(self, folder: str) -> None:
+        Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _load_best_model(self) -> None:
         """Load the hypernetwork of the best checkpoint."""
@@ -253,14 +320,26 @@ class Video2LoraTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class _Epochs(TrainerCallback):
-    """Tells the collator, in whatever process it runs, which epoch it draws for."""
+class _Begin(TrainerCallback):
+    """What has to be set when training, and when an epoch begins."""
 
-    def __init__(self, collator: Video2LoraCollator) -> None:
-        self.collator = collator
+    def __init__(self, trainer: Video2LoraTrainer) -> None:
+        self.trainer = trainer
+        self.epoch = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.processing_class = self.trainer.processor  # to be saved with every checkpoint
+        self.epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.collator.set_epoch(int(state.epoch or 0))
+        # counted here: of a stream `state.epoch` is a share of all steps
+        self.trainer.train_collator.set_epoch(self.epoch)
+        self.epoch += 1
+
+
+def _log_skipped(messages: list[str]) -> None:
+    for message in messages:
+        logger.warning(f"left out: {message}")
 
 
 def _open_teacher(teacher: str | None) -> Any:
@@ -278,8 +357,3 @@ def _as_rows(dataset: Any) -> Any:
     if isinstance(dataset, dict) and not {"video", "video_path"} & set(dataset):
         return {name: load_rows(part) for name, part in dataset.items()}
     return load_rows(dataset)
-
-
-def _counting_device(device: torch.device) -> torch.device:
-    """Where a few counts are exchanged: float64 is not had everywhere, but everywhere NCCL is."""
-    return device if device.type == "cuda" else torch.device("cpu")
