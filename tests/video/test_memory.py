@@ -91,7 +91,7 @@ def test_the_callers_frames_are_left_alone():
         np.zeros((2, 0, 4, 3), np.uint8),
         [FRAMES[0], FRAMES[1][:32]],
         [FRAMES, FRAMES],
-        ["a.png", "b.png"],
+        [b"bytes"],
         [None],
         5,
         None,
@@ -101,8 +101,13 @@ def test_the_callers_frames_are_left_alone():
     ids=str,
 )
 def test_what_is_no_video_is_refused(video):
-    with pytest.raises(VideoError, match="expected|size|give one of them"):
+    with pytest.raises(VideoError, match="expected|size|give one of them|one at a time"):
         load_video(video)
+
+
+def test_a_list_of_files_is_no_video():
+    with pytest.raises(VideoError, match="one at a time"):
+        load_video(["a.mp4", "b.mp4"])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,9 @@ def test_no_frames(video):
         load_video(video)
 
 
-@pytest.mark.parametrize("times", [[0.0], range(9, -1, -1), [0] * 10, [-1.0, *range(9)], [*range(9), np.nan]], ids=str)
+@pytest.mark.parametrize(
+    "times", [[0.0], range(9, -1, -1), [0] * 10, [-1.0, *range(9)], [*range(9), np.nan], ["a"] * 10], ids=str
+)
 def test_timestamps_that_make_no_sense(times):
     with pytest.raises(VideoError, match="timestamps"):
         load_video(FRAMES, timestamps=list(times))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.video.clips import numbers_in
+from tests.video.clips import numbers_in, write_clip
 
 from video2lora.video import UnreadableVideoError, VideoError, VideoReader, VideoSpanError, load_video
 
@@ -62,11 +63,16 @@ class Pipe(io.RawIOBase):
         return self._data.readinto(buffer)
 
 
+def data_url(path: Path) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 FORMS = {
     "path": (lambda p: p, "cfr.mp4"),
     "str": (str, "cfr.mp4"),
     "os.PathLike": (lambda p: SimpleNamespacePath(p), "cfr.mp4"),
     "file-url": (lambda p: p.as_uri(), "cfr.mp4"),
+    "data-url": (data_url, "<bytes>"),
     "bytes": (lambda p: p.read_bytes(), "<bytes>"),
     "bytearray": (lambda p: bytearray(p.read_bytes()), "<bytes>"),
     "memoryview": (lambda p: memoryview(p.read_bytes()), "<bytes>"),
@@ -164,12 +170,49 @@ def test_file_objects_that_cannot_be_read(cfr: Path, tmp_path: Path):
         load_video(file)
 
 
+def test_a_broken_data_url_is_not_recited():
+    for url in ("data:video/mp4;base64,AAAA" + "x" * 10001, "data:" + "A" * 10000):
+        with pytest.raises(UnreadableVideoError, match="^<bytes>: a data URL that cannot be decoded") as caught:
+            load_video(url)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "playlist"),
+    [
+        ("clip.ffconcat", "ffconcat version 1.0\nfile clip.ts\n"),
+        ("innocent.mp4", "ffconcat version 1.0\nfile clip.ts\n"),
+        ("clip.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:0.8,\nclip.ts\n#EXT-X-ENDLIST\n"),
+    ],
+)
+def test_playlists_lead_to_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, playlist: str):
+    """Whoever hands over a video must not get to read another file of this machine by it."""
+    write_clip(tmp_path / "clip.ts", 20)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(playlist)
+    with pytest.raises(UnreadableVideoError, match=f"^{name}: a playlist of other files"):
+        load_video(name)
+    with pytest.raises(UnreadableVideoError, match="^<bytes>: "):
+        load_video(playlist.encode())
+
+
+def test_a_closed_reader_says_so(cfr: Path):
+    for video in (cfr, np.zeros((2, 4, 4, 3), np.uint8)):
+        with VideoReader(video) as reader:
+            reader.sample(num_frames=1)
+        with pytest.raises(VideoError, match="this reader is closed"):
+            reader.sample(num_frames=1)
+        with pytest.raises(VideoError, match="this reader is closed"):
+            reader.info  # noqa: B018
+        reader.close()
+
+
 def test_timestamps_belong_to_frames_in_memory(cfr: Path):
     with pytest.raises(VideoError, match="cfr.mp4: a video file has its own timestamps"):
         load_video(cfr, timestamps=[0.0])
 
 
-@pytest.mark.parametrize("longest_edge", [0, -5])
+@pytest.mark.parametrize("longest_edge", [0, -5, 33.3, "64"])
 def test_longest_edge_of_nothing(cfr: Path, longest_edge: int):
     with pytest.raises(VideoError, match="longest_edge"):
         load_video(cfr, longest_edge=longest_edge)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import av
@@ -20,19 +21,21 @@ class VideoFrames:
     """Frames sampled from one video, and what they really are.
 
     Attributes:
-        frames: uint8 [num_frames, height, width, 3], RGB, upright, never enlarged.
+        frames: uint8 [num_frames, height, width, 3], RGB, upright, never enlarged. Colours on PyAV 15 and
+            16 can differ in detail from those on later ones (`RgbScaler`).
         timestamps: presentation time of each frame in seconds; the file's first presentation is 0.
         start: seconds, start of the span that was sampled.
         end: seconds, end of that span (exclusive; where nothing tells when the last frame's display ends, its time).
         duration: seconds the whole video stream is on display; None when nothing tells.
         source: file name, URL, "<bytes>", "<file>" or "<frames>"; never a local directory.
         sha256: of the file's bytes, or of the bytes of frames in memory, in hexadecimal.
-        size: (width, height) in pixels as displayed, before shrinking.
+        size: (width, height) in pixels, upright, before shrinking; pixels are taken to be square.
         num_decode_errors: packets that could not be read or decoded and frames decoded damaged, as far as sampling
-            came by them; 0 for a sound file.
+            came by them, and packets missing from a cut MP4; 0 for a sound file. On PyAV 15 and 16 the packets missing
+            from a cut fragmented MP4 are not counted.
     """
 
-    frames: np.ndarray
+    frames: np.ndarray = field(repr=False)
     timestamps: tuple[float, ...]
     start: float
     end: float
@@ -51,7 +54,7 @@ class VideoInfo:
         source: as in `VideoFrames`.
         duration: seconds the video stream is on display; None when nothing tells.
         fps: frames per second on average; None for one frame of unknown duration.
-        size: (width, height) in pixels as displayed.
+        size: (width, height) in pixels, upright; pixels are taken to be square.
         codec: name of the video codec ("h264"); "frames" for frames in memory.
         num_frames: frames that are shown (edit lists applied), by their packets.
         rotation: degrees the stored picture is turned counterclockwise for display (-180..180), as ffprobe has it.
@@ -138,6 +141,8 @@ def _to_numpy(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a torch tensor, wherever it is
         value = value.detach().cpu()
         value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    if isinstance(value, (str, bytes, os.PathLike)):
+        raise VideoError("<frames>: a list is taken for the frames of one video; give files one at a time.")
     if not hasattr(value, "__array__"):
         raise VideoError(f"<frames>: a frame of type {type(value).__name__}; expected PIL images, arrays or tensors.")
     return np.asarray(value)
@@ -166,7 +171,10 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 def _as_times(timestamps: Sequence[float] | None, num_frames: int) -> np.ndarray:
     if timestamps is None:
         return np.arange(num_frames, dtype=np.float64)
-    times = np.asarray(timestamps, dtype=np.float64)
+    try:
+        times = np.asarray(timestamps, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise VideoError(f"<frames>: timestamps must be numbers of seconds ({error}).") from error
     if times.shape != (num_frames,):
         raise VideoError(f"<frames>: timestamps of shape {times.shape} for {num_frames} frames; give one a frame.")
     if not (np.isfinite(times).all() and times[0] >= 0 and (np.diff(times) > 0).all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -21,19 +22,28 @@ class VideoReader:
     skip something.
 
     Args:
-        video: a path, URL, bytes, binary file object, `{"path": ..., "bytes": ...}` (a row of `datasets`), or frames
-            in memory (`MemoryFrames`). Of several video streams FFmpeg's best is read (`best_video_stream`).
+        video: a path, URL (`http`, `https`, `file`, `data`, or any that fsspec knows), bytes, binary file object,
+            `{"path": ..., "bytes": ...}` (a row of `datasets`), or frames in memory (`MemoryFrames`). Of several video
+            streams FFmpeg's best is read (`best_video_stream`).
         longest_edge: pixels; frames are shrunk to it, keeping their ratio, and never enlarged.
         timestamps: seconds, one for each frame in memory; default: one second a frame.
 
+    Attributes:
+        name: file name, URL without credentials and query, "<bytes>", "<file>" or "<frames>".
+        times: float64 [n]; presentation time of each frame in seconds, the first being 0 in a file.
+        duration: seconds until the last frame's display ends; None when nothing tells.
+        tick: seconds, the resolution of the file's clock; 0 for frames in memory.
+
     Raises:
         UnreadableVideoError: the video cannot be had or opened, has no video stream, or is empty.
-        VideoError: the value is nothing a video comes as, or `timestamps` or `longest_edge` make no sense.
+        VideoError: the value is nothing a video comes as, `timestamps` or `longest_edge` make no sense, or the reader
+            is used after it was closed.
     """
 
     def __init__(self, video: Any, *, longest_edge: int | None = None, timestamps: Sequence[float] | None = None):
-        if longest_edge is not None and longest_edge < 1:
-            raise VideoError(f"longest_edge={longest_edge}, but it must be at least 1 pixel (or None).")
+        if longest_edge is not None and not (isinstance(longest_edge, Integral) and longest_edge >= 1):
+            raise VideoError(f"longest_edge={longest_edge!r}, but it must be an integer of at least 1 pixel, or None.")
+        self._closed = False
         self._source: VideoSource | None = None
         self._sha256: str | None = None
         self._frames: VideoDecoder | MemoryFrames
@@ -66,6 +76,7 @@ class VideoReader:
         end: float | None = None,
     ) -> VideoFrames:
         """Sample the span `[start, end)` by number of frames, by rate, or whole; see `load_video`."""
+        self._check_open()
         indices, start, end = select_frames(
             self.times,
             num_frames=num_frames,
@@ -101,6 +112,7 @@ class VideoReader:
     @property
     def info(self) -> VideoInfo:
         """What the video is; decodes one frame, since only a frame tells its rotation."""
+        self._check_open()
         n, span = len(self.times), float(self.times[-1] - self.times[0])
         fps = (n - 1) / span if n > 1 else 1 / self.duration if self.duration else None
         if isinstance(self._frames, MemoryFrames):
@@ -127,9 +139,14 @@ class VideoReader:
 
     def close(self) -> None:
         """Close the file and remove what was downloaded."""
+        self._closed = True
         self._frames.close()
         if self._source is not None:
             self._source.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise VideoError(f"{self.name}: this reader is closed; open the video again.")
 
     def __enter__(self) -> VideoReader:
         return self
@@ -159,7 +176,8 @@ def load_video(
         video: see `VideoReader`.
         num_frames: that many targets evenly spaced from `start` to the time of the span's last frame, both included
             (one: the middle). On n frames of constant rate: `np.linspace(0, n - 1, num_frames).astype(int)`.
-        fps: frames per second; targets at `start`, `start + 1 / fps`, ... before `end`. With neither: all frames.
+        fps: frames per second; targets at `start`, `start + 1 / fps`, ... before `end`. With neither: all frames
+            (in memory, 3 bytes a pixel).
         start: seconds from the first presentation, where the span starts.
         end: seconds, where it ends (exclusive); cut to the end of the video.
         longest_edge: pixels, see `VideoReader`.

@@ -27,6 +27,8 @@ _BLOCK = 1 << 20
 _TIMEOUT_S = 30
 # FFmpeg shows any .txt file as a film of a terminal; nobody means that.
 _TEXT_ART = {"ansi", "bintext", "xbin", "idf"}
+# They lead to other files, which nobody handed over and the hash would not cover.
+_PLAYLISTS = {"concat", "dash", "hls", "imf"}
 ACCEPTED = (
     "a path, a URL, bytes, a binary file object, a dict with 'path' or 'bytes', "
     "or frames in memory (a list of images, or an array or tensor [T, H, W, 3])"
@@ -37,7 +39,8 @@ class VideoSource:
     """A video file that can be opened again and again, whatever it came as.
 
     A URL is downloaded once to a temporary file (all of it is needed: packets are indexed and bytes hashed); an object
-    that cannot seek is copied to one. Closing removes them and puts a caller's file object back where it was.
+    that cannot seek is copied to one. `http`, `https`, `file`, `data` and what fsspec knows (`hf`, `s3`, ...) will do.
+    Closing removes the copies and puts a caller's file object back where it was.
 
     Raises:
         UnreadableVideoError: there is no such file, it is empty, or it cannot be fetched.
@@ -61,20 +64,28 @@ class VideoSource:
         """A fresh PyAV container at the start of the file, with `options` for FFmpeg's demuxer.
 
         Raises:
-            UnreadableVideoError: FFmpeg cannot read it.
+            UnreadableVideoError: FFmpeg cannot read it, or it is a playlist of other files.
         """
         try:
             if self._path is not None:
                 # With the protocol named, a colon or a percent sign in a file name means nothing to FFmpeg.
-                return av.open("file:" + self._path, mode="r", options=options, metadata_errors="replace")
-            assert self._file is not None
-            self._file.seek(0)
-            return av.open(self._file, mode="r", options=options, metadata_errors="replace")
+                container = av.open("file:" + self._path, mode="r", options=options, metadata_errors="replace")
+            else:
+                assert self._file is not None
+                self._file.seek(0)
+                container = av.open(self._file, mode="r", options=options, metadata_errors="replace")
         except av.FFmpegError as error:
             raise UnreadableVideoError(
                 f"{self.name}: FFmpeg cannot read it as a video ({error.strerror}). Expected a complete file such as "
                 "MP4, MOV, WebM, MKV, AVI or GIF; check that it plays and was copied or downloaded to the end."
             ) from error
+        if _PLAYLISTS & set(container.format.name.split(",")):
+            container.close()
+            raise UnreadableVideoError(
+                f"{self.name}: a playlist of other files, not a video. Give one file, for example from "
+                "`ffmpeg -i playlist -c copy out.mp4`."
+            )
+        return container
 
     def sha256(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""
@@ -122,6 +133,8 @@ class VideoSource:
             video = data if data is not None else path
         if isinstance(video, (bytes, bytearray, memoryview)):
             self._file = io.BytesIO(video)
+        elif isinstance(video, str) and video.startswith("data:"):
+            self._file = io.BytesIO(_decode_data_url(video))
         elif isinstance(video, (str, os.PathLike)):
             self._take_location(os.fsdecode(video))
         elif hasattr(video, "read"):
@@ -178,7 +191,7 @@ def source_name(video: Any) -> str:
     video = getattr(video, "_hf_encoded", video)
     if isinstance(video, Mapping):
         video = video.get("bytes") if video.get("path") is None else video["path"]
-    if isinstance(video, (bytes, bytearray, memoryview)):
+    if isinstance(video, (bytes, bytearray, memoryview)) or (isinstance(video, str) and video.startswith("data:")):
         return "<bytes>"
     if hasattr(video, "read") and not isinstance(video, os.PathLike):
         video = getattr(video, "name", None)
@@ -218,6 +231,16 @@ def best_video_stream(container: InputContainer, name: str) -> av.VideoStream:
     if stream.codec_context.name in _TEXT_ART:
         raise UnreadableVideoError(f"{name}: a text file, not a video. Give a video file such as MP4, WebM or GIF.")
     return stream
+
+
+def _decode_data_url(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url) as response:
+            return response.read()
+    except (OSError, ValueError) as error:
+        raise UnreadableVideoError(
+            f"<bytes>: a data URL that cannot be decoded ({error}); expected 'data:video/mp4;base64,...'."
+        ) from error
 
 
 def _update(digest: hashlib._Hash, file: BinaryIO) -> None:
