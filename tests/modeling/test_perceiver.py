@@ -168,9 +168,9 @@ def test_bfloat16_tokens_meet_float32_latents():
 @pytest.mark.parametrize("tokens", [3, 8, 9, 31, 64])
 def test_a_sum_over_many_tokens_in_parts(tokens, monkeypatch):
     monkeypatch.setattr(perceiver, "TOKENS_PER_PART", 4)
-    weights = torch.rand(2, 5, tokens, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(2, tokens, 5, dtype=torch.float64, requires_grad=True)
     values = torch.randn(2, tokens, 6, dtype=torch.float64, requires_grad=True)
-    ours, plain = perceiver.weighted_sum(weights, values), weights @ values
+    ours, plain = perceiver.weighted_sum(weights, values), weights.transpose(1, 2) @ values
     torch.testing.assert_close(ours, plain, atol=1e-13, rtol=0)
     gradient = torch.randn_like(plain)
     for mine, wanted in zip(

@@ -18,6 +18,9 @@ from .targets import LoraTargets
 TOKENS_PER_CHUNK = 8192
 """Tokens projected at a time: bounds the peak (4H wide activations) without costing speed."""
 
+TRAINING_TOKENS_PER_CHUNK = 65536
+"""The same in training, where each chunk also costs a pass over the weights' float32 gradients."""
+
 MIN_NORM = 1e-12
 """Floor of an embedding's norm before the head: a zero embedding gives zero, not NaN."""
 
@@ -131,10 +134,11 @@ class Hypernetwork(nn.Module):
         device_type = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         with torch.autocast(device_type, enabled=False):
-            chunks = hidden_states.to(dtype or hidden_states.dtype).split(TOKENS_PER_CHUNK)
+            hidden_states = hidden_states.to(dtype or hidden_states.dtype)
             if not torch.is_grad_enabled():
-                return torch.cat([self.perceiver.project(chunk) for chunk in chunks])
+                return torch.cat([self.perceiver.project(chunk) for chunk in hidden_states.split(TOKENS_PER_CHUNK)])
             # what is 4H wide is most of a step's memory, and cheap to compute again
+            chunks = hidden_states.split(TRAINING_TOKENS_PER_CHUNK)
             return torch.cat([checkpoint(self.perceiver.project, chunk, use_reentrant=False) for chunk in chunks])
 
     def read(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -142,6 +142,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         device = self.hypernetwork.device
         if padding is not None:
             padding = Padding(padding.mask.to(device), padding.index.to(device))
+        grad = torch.is_grad_enabled()
         embeddings: list[Tensor] = []
         waiting: list[Tensor] = []
 
@@ -155,7 +156,8 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
 
         def consume(_position: int, hidden_states: Tensor) -> None:
             waiting.append(hidden_states.to(device))
-            if len(waiting) * hidden_states.shape[0] * hidden_states.shape[1] >= TOKENS_IN_FLIGHT:
+            # in training all activations stay anyway, and one read of all layers launches the fewest kernels
+            if not grad and len(waiting) * hidden_states.shape[0] * hidden_states.shape[1] >= TOKENS_IN_FLIGHT:
                 flush()
 
         stream_hidden_states(self.vlm, inputs, self.targets.layer_indices, consume, stop_early=not self._is_sharded())

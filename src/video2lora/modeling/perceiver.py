@@ -53,19 +53,18 @@ class GatedMLP(nn.Module):
 
 
 def weighted_sum(weights: Tensor, tokens: Tensor) -> Tensor:
-    """`weights @ tokens` over very many tokens: `[batch, rows, tokens]` by `[batch, tokens, size]`.
+    """`weights^T @ tokens` over very many tokens: `[batch, tokens, rows]` by `[batch, tokens, size]`.
 
     Done in parts of `TOKENS_PER_PART` that are then added up in float32: a matrix product with few rows and a sum over
     a hundred thousand tokens keeps a GPU nearly idle.
     """
     parts = tokens.shape[1] // TOKENS_PER_PART
     if parts < 2:
-        return weights @ tokens
+        return weights.transpose(1, 2) @ tokens
     even = parts * TOKENS_PER_PART
-    left = weights[..., :even].unflatten(2, (parts, -1)).transpose(1, 2)
-    right = tokens[:, :even].unflatten(1, (parts, -1))
-    total = (left @ right).sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return total + weights[..., even:] @ tokens[:, even:]
+    left, right = (tensor[:, :even].unflatten(1, (parts, -1)) for tensor in (weights, tokens))
+    total = (left.transpose(2, 3) @ right).sum(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return total + weights[:, even:].transpose(1, 2) @ tokens[:, even:]
 
 
 class LatentLayer(nn.Module):
@@ -136,13 +135,15 @@ class LatentLayer(nn.Module):
         folded = folded.flatten(1, 3)
         assert self.context_norm is not None
         weight = self.context_norm.weight
-        token_scores = ((weight * folded).to(unit.dtype) @ unit.transpose(1, 2)).to(folded.dtype)
+        # tokens before queries: whatever the number of tokens, rows of these matrices stay aligned for tensor cores
+        token_scores = (unit @ (weight * folded).to(unit.dtype).transpose(1, 2)).to(folded.dtype)
         if context_mask is not None:
-            token_scores = token_scores.masked_fill(~context_mask[:, None, :], -math.inf)
-        latent_scores = folded @ normed.transpose(1, 2)
-        probs = softmax(torch.cat([token_scores, latent_scores], dim=-1), dim=-1)
-        token_probs, latent_probs = probs.split([unit.shape[1], normed.shape[1]], dim=-1)
-        mixed = weight * weighted_sum(token_probs.to(unit.dtype), unit).to(folded.dtype) + latent_probs @ normed
+            token_scores = token_scores.masked_fill(~context_mask[:, :, None], -math.inf)
+        latent_scores = normed @ folded.transpose(1, 2)
+        probs = softmax(torch.cat([token_scores, latent_scores], dim=1), dim=1)
+        token_probs, latent_probs = probs.split([unit.shape[1], normed.shape[1]], dim=1)
+        mixed = weight * weighted_sum(token_probs.to(unit.dtype), unit).to(folded.dtype)
+        mixed = mixed + latent_probs.transpose(1, 2) @ normed
         # W_v comes after the weighted sum
         return torch.einsum("bnghe,gde->bnghd", mixed.unflatten(1, shape), value_weight).flatten(2, 3)
 

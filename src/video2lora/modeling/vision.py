@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FRAMES_AT_ONCE = 32
+FRAMES_AT_ONCE = 64
 """Frames the vision tower sees together: enough to fill a GPU, few enough that their activations stay small."""
 
 
@@ -38,30 +38,41 @@ def embed_frames(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return dict(inputs)
     rest = {k: v for k, v in inputs.items() if k not in ("pixel_values", "pixel_attention_mask", "input_ids")}
     input_ids = inputs["input_ids"]
+    visual = input_ids == token_id
+    # the only wait for the device, and before there is work on it
+    counts = visual.sum(1).tolist()
+    real = _real_frames(counts, pixels.shape[1])
     with _contiguous_frames(vlm):
-        groups = list(_features(model, pixels, inputs.get("pixel_attention_mask"), input_ids.device))
-    if not groups:
-        return dict(inputs)
-    features = torch.cat(groups)
+        features = torch.cat(list(_features(model, pixels, inputs.get("pixel_attention_mask"), real, input_ids.device)))
+    if sum(counts) != len(features):
+        raise ValueError(f"{sum(counts)} visual tokens in the prompt do not fit the {len(features)} of the pixels.")
     embeddings = vlm.get_input_embeddings()(input_ids)  # type: ignore[operator]
-    mask = (input_ids == token_id)[..., None]
-    if int(mask.sum()) != len(features):
-        raise ValueError(f"{int(mask.sum())} visual tokens in the prompt do not fit the {len(features)} of the pixels.")
-    return rest | {"inputs_embeds": embeddings.masked_scatter(mask, features.to(embeddings))}
+    return rest | {"inputs_embeds": embeddings.masked_scatter(visual[..., None], features.to(embeddings))}
 
 
-def _features(model: Any, pixels: Tensor, mask: Tensor | None, device: torch.device) -> Iterator[Tensor]:
-    """Visual tokens `[tokens, hidden_size]` of each group of frames; frames that are all zero are padding."""
+def _real_frames(counts: list[int], frames: int) -> list[int]:
+    """Places in the flattened batch of the frames that are no padding, from the visual tokens of each prompt.
+
+    Padding comes last, and the longest video has none.
+    """
+    tokens_a_frame = max(counts) // frames
+    if not tokens_a_frame or any(count % tokens_a_frame for count in counts):
+        raise ValueError(f"{counts} visual tokens in the prompts do not fit {frames} frames.")
+    return [row * frames + place for row, count in enumerate(counts) for place in range(count // tokens_a_frame)]
+
+
+def _features(
+    model: Any, pixels: Tensor, mask: Tensor | None, real: list[int], device: torch.device
+) -> Iterator[Tensor]:
+    """Visual tokens `[tokens, hidden_size]` of each group of frames."""
     frames, masks = pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1)
-    for start in range(0, len(frames), FRAMES_AT_ONCE):
-        group = frames[start : start + FRAMES_AT_ONCE].to(device, model.dtype)
-        real = (group != 0).flatten(1).any(1)
-        if not bool(real.any()):
-            continue
+    for start in range(0, len(real), FRAMES_AT_ONCE):
+        places = torch.tensor(real[start : start + FRAMES_AT_ONCE], device=frames.device)
         options = {}
         if masks is not None:
-            options["pixel_attention_mask"] = masks[start : start + FRAMES_AT_ONCE].to(device).bool()[real][None]
-        output = model.get_image_features(group[real][None], **options, return_dict=True)
+            options["pixel_attention_mask"] = masks.index_select(0, places).to(device).bool()[None]
+        group = frames.index_select(0, places).to(device, model.dtype)[None]
+        output = model.get_image_features(group, **options, return_dict=True)
         yield torch.cat(list(output.pooler_output)).flatten(0, -2)
 
 
