@@ -140,10 +140,12 @@ class LatentLayer(nn.Module):
         if context_mask is not None:
             token_scores = token_scores.masked_fill(~context_mask[:, :, None], -math.inf)
         latent_scores = normed @ folded.transpose(1, 2)
-        probs = softmax(torch.cat([token_scores, latent_scores], dim=1), dim=1)
-        token_probs, latent_probs = probs.split([unit.shape[1], normed.shape[1]], dim=1)
-        mixed = weight * weighted_sum(token_probs.to(unit.dtype), unit).to(folded.dtype)
-        mixed = mixed + latent_probs.transpose(1, 2) @ normed
+        # one softmax over both, by hand: torch's own over a long first dimension leaves a GPU idle
+        top = torch.maximum(token_scores.amax(1, keepdim=True), latent_scores.amax(1, keepdim=True)).detach()
+        token_parts, latent_parts = (token_scores - top).exp(), (latent_scores - top).exp()
+        total = (token_parts.sum(1) + latent_parts.sum(1))[..., None]
+        mixed = weight * weighted_sum(token_parts.to(unit.dtype), unit).to(folded.dtype)
+        mixed = (mixed + latent_parts.transpose(1, 2) @ normed) / total
         # W_v comes after the weighted sum
         return torch.einsum("bnghe,gde->bnghd", mixed.unflatten(1, shape), value_weight).flatten(2, 3)
 
