@@ -23,7 +23,7 @@ from .streaming import keep_rope_deltas, stream_hidden_states
 from .targets import LoraTargets, resolve_targets
 from .vision import are_frames, embed_frames
 
-TOKENS_IN_FLIGHT = 65536
+TOKENS_IN_FLIGHT = 262144
 """Tokens of hidden states (summed over layers and videos) that wait until the perceiver reads them together."""
 
 

@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu, softmax
+from torch.nn.functional import linear, rms_norm, silu, softmax
 
 RMS_NORM_EPS = 1e-6
 TOKENS_PER_PART = 1024
@@ -18,8 +18,7 @@ TOKENS_PER_PART = 1024
 
 def rms_normalize(x: Tensor) -> Tensor:
     """`x / sqrt(mean(x^2) + 1e-6)` over the last dimension, computed in float32 at least, in the dtype of `x`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)).to(x.dtype)
+    return rms_norm(x, x.shape[-1:], eps=RMS_NORM_EPS)
 
 
 class RMSNorm(nn.Module):
@@ -34,7 +33,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * rms_normalize(x)
+        return rms_norm(x, x.shape[-1:], self.weight, RMS_NORM_EPS)
 
 
 class GatedMLP(nn.Module):
