@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import ask, compose, demo, env, import_checkpoint, inspect, internalize, teach
+from . import ask, compose, demo, env, import_checkpoint, inspect, internalize, teach, train
 from ._errors import reports_errors
 
 __all__ = ["app", "main"]
@@ -27,6 +27,7 @@ app.command("compose", no_args_is_help=True)(reports_errors(compose.compose))
 app.command("import-checkpoint", no_args_is_help=True)(reports_errors(import_checkpoint.import_checkpoint))
 app.command("demo")(reports_errors(demo.demo))
 app.command("teach", no_args_is_help=True)(reports_errors(teach.teach))
+app.command("train", no_args_is_help=True)(reports_errors(train.train))
 app.command("env")(reports_errors(env.env))
 
 

@@ -2,5 +2,6 @@
 
 from .adapter_card import adapter_card
 from .model_card import model_card
+from .training_card import GENERATED, TrainingFacts
 
-__all__ = ["adapter_card", "model_card"]
+__all__ = ["GENERATED", "TrainingFacts", "adapter_card", "model_card"]

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .training_card import GENERATED, TrainingFacts, eval_results, training_section
 
-def model_card(name: str, config: Any, *, results: str | None = None) -> str:
+
+def model_card(
+    name: str,
+    config: Any,
+    *,
+    results: str | None = None,
+    facts: TrainingFacts | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: list[str] | None = None,
+) -> str:
     """Write the `README.md` of a [`Video2LoraModel`]'s repository.
 
     Args:
         name: Hub id of the repository.
         config: its [`Video2LoraConfig`].
-        results: Markdown on training and scores, if there is any to tell.
+        results: Markdown on scores, if there is any to tell.
+        facts: the run that trained it; its evaluation losses become metadata too.
+        language, license, tags: metadata of the card; the tags are added to our own.
     """
     base = config.base_model_name_or_path
     # a directory of this machine is nobody else's base
     base_on_hub = base is not None and base.count("/") <= 1 and not base.startswith((".", "/", "~"))
+    base_on_hub = base_on_hub and not os.path.isdir(base)
     shown = base if base_on_hub or base is None else base.rstrip("/").rpartition("/")[2]
     data = ModelCardData(
         base_model=base if base_on_hub else None,
         library_name="video2lora",
         pipeline_tag="video-text-to-text",
-        tags=["video2lora", "hypernetwork", "lora"],
+        tags=list(dict.fromkeys(["video2lora", "hypernetwork", "lora", *(tags or [])])),
+        language=language,
+        license=license,
+        datasets=(facts.hub_datasets or None) if facts else None,
+        # metadata holds results only under a model's name
+        eval_results=(eval_results(facts) or None) if facts else None,
+        model_name=name.rpartition("/")[2] if facts and facts.evaluations else None,
     )
     static_rank = config.rank if config.use_static_lora else 0
     layers = config.layers_to_transform
@@ -43,5 +64,7 @@ def model_card(name: str, config: Any, *, results: str | None = None) -> str:
         config=config,
         prompt=config.internalization_prompt.replace("|", "/"),
         results=results,
+        training=training_section(facts) if facts else None,
+        generated=GENERATED if facts else None,
     )
-    return str(card)
+    return str(card).rstrip() + "\n"

@@ -20,6 +20,7 @@ from ..data import load_rows
 from ..data.errors import DatasetError
 from ..modeling import Video2LoraConfig, Video2LoraModel, Video2LoraProcessor
 from .arguments import Video2LoraTrainingArguments
+from .callbacks import add_run_callbacks
 from .checkpoints import (
     HUB_FILES,
     check_same_model,
@@ -90,6 +91,7 @@ class Video2LoraTrainer(Trainer):
         self.num_videos = self.num_skipped = 0
         self._losses: list[Tensor] = []
         self.add_callback(_Begin(self))
+        self.card = add_run_callbacks(self, train_dataset, eval_dataset)
 
     # --- batches ---------------------------------------------------------------------------------------------------
 
@@ -312,6 +314,10 @@ class Video2LoraTrainer(Trainer):
 
     def _save_arguments(self, folder: str) -> None:
         Path(folder, "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md`, the card of this run; arguments are the parent's."""
+        self.card.write(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         """Load the hypernetwork of the best checkpoint."""
