@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple, TypeAlias
 
@@ -75,10 +75,11 @@ class VideoDecoder:
         """The first frame that decodes, for what only a frame tells (its rotation); None if there is none."""
         self._forget()
         try:
-            shown = next(_Run(self, 0).frames, None)
+            shown = next(self._run_from(0).frames, None)
         except _Damage:
             self._use_one_thread()
-            shown = next(_Run(self, 0).frames, None)
+            shown = next(self._run_from(0).frames, None)
+        self._forget()
         return None if shown is None else shown.frame
 
     def close(self) -> None:
@@ -105,7 +106,18 @@ class VideoDecoder:
         self._open()
 
     def _forget(self) -> None:
+        if self._run is not None:
+            self._run.frames.close()
         self._run = self._before = self._searched = None
+
+    def _run_from(self, key: int) -> _Run:
+        """Begin to decode anew. The run before is closed: its generators refer to themselves, so it would live, and
+        with it FFmpeg's threads, until the garbage collector comes by; in a forked process it would wait for threads
+        that are not there."""
+        if self._run is not None:
+            self._run.frames.close()
+        self._run = _Run(self, key)
+        return self._run
 
     def _read(self, indices: Sequence[int] | np.ndarray, convert: FrameConverter) -> Frames:
         damaged: set[int] = set()
@@ -137,19 +149,18 @@ class VideoDecoder:
         run = self._run
         if run is None or run.is_past(target):
             self._before = self._searched = None
-            run = _Run(self, key)
+            run = self._run_from(key)
         elif self.index.key_packet[key] - run.packet >= _MIN_SKIP:
             self._before = run.last or self._before
-            run = _Run(self, key)
+            run = self._run_from(key)
         run.advance(target, damaged)
         # Nothing decodes from that keyframe on: look further and further back, but nowhere twice.
         known = 0 if self._searched is None else self.index.key_for(self._searched)
         step = 1
         while run.last is None and run.key > known:
-            run = _Run(self, max(run.key - step, known))
+            run = self._run_from(max(run.key - step, known))
             run.advance(target, damaged)
             step *= 2
-        self._run = run
         self._searched = target
         return run.last or self._before
 
@@ -206,7 +217,7 @@ class _Run:
         decoder._open()
         return packets(decoder.container, decoder.stream), 0
 
-    def _decode(self, stream_packets: Iterable[av.Packet | None]) -> Iterator[_Shown]:
+    def _decode(self, stream_packets: Iterable[av.Packet | None]) -> Generator[_Shown, None, None]:
         pts = self._index.pts
         earliest = int(pts[0])
         if self.key > 0:  # frames shown before the keyframe but stored after it lean on what was skipped
