@@ -53,6 +53,7 @@ class Video2LoraTrainer(Trainer):
     args: Video2LoraTrainingArguments
     # Trainer must not divide again by the number of accumulated batches (two spellings of two versions)
     loss_is_scaled_for_ga = True
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -262,8 +263,7 @@ class Video2LoraTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the parent's, without the pickled arguments that it uploads."""
-        running: Any = self.push_in_progress
-        done = running is None or running.is_done()
+        done = self.push_in_progress is None or self.push_in_progress.is_done()
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not done and not self.args.hub_always_push:
@@ -282,7 +282,7 @@ class Video2LoraTrainer(Trainer):
             commit_message=f"Training in progress, step {self.state.global_step}",
             run_as_future=True,
         )
-        jobs = [upload(folder_path=output_dir, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        jobs: Any = [upload(folder_path=output_dir, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if last else checkpoint.name
@@ -290,7 +290,7 @@ class Video2LoraTrainer(Trainer):
         if done:
             self.push_in_progress = PushInProgress(jobs)
         else:
-            running.jobs.extend(jobs)
+            self.push_in_progress.jobs.extend(jobs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the hypernetwork, strictly; the base is in memory already."""
