@@ -139,6 +139,7 @@ def eval_results(facts: TrainingFacts) -> list[EvalResult]:
                 task_type="video-text-to-text",
                 dataset_type=data.hub_id or "unknown",
                 dataset_name=data.name or evaluation.name or "evaluation set",
+                dataset_config=evaluation.name or None,  # metadata joins results that differ in the name alone
                 metric_type="loss",
                 metric_name="evaluation loss",
                 metric_value=round(evaluation.at(facts.weights_step)[1], 6),
