@@ -313,3 +313,15 @@ def test_probe(cfr: Path, vfr: Path):
     assert (info.source, info.duration, info.fps, info.codec) == ("cfr.mp4", 2.0, pytest.approx(25), "h264")
     assert (info.num_frames, info.size, info.stream, info.streams) == (50, (WIDTH, HEIGHT), 0, ("video h264",))
     assert probe_video(vfr).fps == pytest.approx((len(VFR_MS) - 1) / 3.04)
+
+
+def test_nothing_of_a_decoder_waits_for_the_garbage_collector(cfr: Path):
+    # In a forked process (a data loader's worker) the decoder's threads are gone, and collecting it would hang there.
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        load_video(cfr, num_frames=4)
+        assert len(list(Path("/proc/self/task").iterdir())) == before
+    finally:
+        gc.enable()

@@ -98,7 +98,7 @@ def test_the_callers_frames_are_left_alone():
         object(),
         {"frames": 3},
     ],
-    ids=str,
+    ids=lambda video: type(video).__name__,
 )
 def test_what_is_no_video_is_refused(video):
     with pytest.raises(VideoError, match="expected|size|give one of them|one at a time"):

@@ -66,7 +66,9 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     From the display matrix (ISO 14496-12 6.2.2), which sends (x, y) to (a x + c y, b x + d y); of an odd angle the
     nearest quarter turn is taken.
     """
-    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    # Of a tiny copy: the cycle that `side_data` makes would keep the decoder's threads until garbage is collected, and
+    # in a forked process, where those threads are not, the collector would wait for them for ever.
+    side_data: Any = frame.reformat(width=16, height=16, format="gray").side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(side_data), dtype=np.int32)[:5].tolist()
