@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
-from hashlib import sha256
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,15 +181,15 @@ def hold_out(rows: Any, count: int, seed: int) -> tuple[Any, Any]:
     """
     from ..data.forms import video_key
 
-    keys = [sha256(f"{seed}\x1f{video_key(row['video'])}".encode()).digest() for row in rows.select_columns("video")]
-    sizes: dict[bytes, int] = {}
-    for key in keys:
-        sizes[key] = sizes.get(key, 0) + 1
-    chosen: set[bytes] = set()
-    for key in sorted(sizes):
-        if sum(sizes[k] for k in chosen) >= count:
-            break
-        chosen.add(key)
+    keys = [video_key(row["video"]) for row in rows.select_columns("video")]
+    sizes = Counter(keys)  # in the order of the rows: where the videos lie does not matter
+    videos = list(sizes)
+    random.Random(seed).shuffle(videos)
+    chosen: set[str] = set()
+    out = 0
+    while videos and out < count:
+        chosen.add(videos[-1])
+        out += sizes[videos.pop()]
     rest = [i for i, key in enumerate(keys) if key not in chosen]
     if not rest:
         raise CommandError(f"data.eval_rows is {count}, which leaves nothing of {len(keys)} rows to train on.")
