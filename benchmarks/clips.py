@@ -1,6 +1,6 @@
 """Benchmark: every clip of a folder through pipeline, adapter file, PEFT and one answer, at a real model's sizes.
 
-The base is built from a real configuration with random weights and the real tokenizer and processor files, so nothing is
+The base is built from a real configuration with random weights and the real tokenizer and processor files: nothing is
 downloaded and answers are noise; what is shown is that every clip gets through, with which frames and tokens, and how
 long it takes.
 

@@ -1,6 +1,6 @@
 """Benchmark: what internalizing costs against the same model's own reading of the video, at true sizes on a GPU.
 
-    python benchmarks/internalize.py [--sizes 500M 2.2B] [--frames 12 64 ...] [--out FOLDER] [--profile]
+python benchmarks/internalize.py [--sizes 500M 2.2B] [--frames 12 64 ...] [--out FOLDER] [--profile]
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def main() -> None:
         (arguments.out / "internalize.json").write_text(json.dumps({"versions": versions, "rows": results}, indent=1))
     rows = [
         [r["size"], str(r["frames"]), str(r["videos"]), str(r["tokens"])]
-        + [f"{r['prefill_ms']:.1f}", f"{r['prefill_GB']:.2f}", f"{r['internalize_ms']:.1f}", f"{r['internalize_GB']:.2f}"]
+        + [
+            f"{r['prefill_ms']:.1f}",
+            f"{r['prefill_GB']:.2f}",
+            f"{r['internalize_ms']:.1f}",
+            f"{r['internalize_GB']:.2f}",
+        ]
         + [f"{r['ratio']:.2f}"]
         for r in results
     ]

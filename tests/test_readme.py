@@ -22,6 +22,7 @@ def blocks(language: str) -> list[str]:
 def folder(tmp_path_factory, parity_dir) -> Path:
     """A working directory with everything the README's code names: base, model, clips, a published checkpoint."""
     from tests.modeling.published_files import published_draft
+
     from video2lora import Video2LoraModel, Video2LoraProcessor
     from video2lora.testing import save_tiny_vlm, tiny_clip
 

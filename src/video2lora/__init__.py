@@ -1,6 +1,6 @@
 """video2lora: turn a video into a LoRA adapter in one forward pass.
 
-Importing it registers the model with transformers' Auto classes and `pipeline("video-to-lora")`, and does nothing else.
+Importing it registers the model with transformers' Auto classes and `pipeline("video-to-lora")`, and nothing else.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def merged(vlm, inputs):
 @torch.no_grad()
 @pytest.mark.parametrize("frames_at_once", [1, 2, 100])
 @pytest.mark.parametrize("family", ["smolvlm", "idefics3"])
-def test_groups_of_frames_are_the_frames_together(family, frames_at_once, families, clips, make_processor, monkeypatch):
+def test_groups_of_frames_are_the_frames_together(
+    family, frames_at_once, families, clips, make_processor, monkeypatch
+):
     setup = families(family)
     vlm = copy.deepcopy(setup.vlm).double()
     inputs = dict(make_processor(setup, num_frames=30)(videos=clips))

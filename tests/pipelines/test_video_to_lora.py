@@ -57,7 +57,10 @@ def pipe(directory) -> VideoToLoraPipeline:
 def same(first: VideoAdapter, second: VideoAdapter, atol: float = 0.0) -> bool:
     pairs = [
         (a, b)
-        for mine, other in [(first.weights.lora_A, second.weights.lora_A), (first.weights.lora_B, second.weights.lora_B)]
+        for mine, other in [
+            (first.weights.lora_A, second.weights.lora_A),
+            (first.weights.lora_B, second.weights.lora_B),
+        ]
         for a, b in zip(mine.values(), other.values(), strict=True)
     ]
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=atol) for a, b in pairs)
@@ -148,7 +151,11 @@ def test_chunks_are_what_their_spans_give_composed(pipe, clips):
     chunked = pipe(clips[1], chunk_seconds=1.0)
     parts = [pipe(clips[1], start=t, end=t + 1.0) for t in (0.0, 1.0, 2.0)]
     assert chunked.rank == 4 * 4
-    assert [(s.start, s.end, s.ranks) for s in chunked.segments] == [(0.0, 1.0, (0, 4)), (1.0, 2.0, (4, 8)), (2.0, 3.0, (8, 12))]
+    assert [(s.start, s.end, s.ranks) for s in chunked.segments] == [
+        (0.0, 1.0, (0, 4)),
+        (1.0, 2.0, (4, 8)),
+        (2.0, 3.0, (8, 12)),
+    ]
     assert same(chunked, compose_adapters(parts), atol=2e-6)
 
 
@@ -167,7 +174,9 @@ def test_through_peft_the_answers_are_those_in_memory(pipe, clips, tmp_path):
     with torch.no_grad():
         in_memory = pipe.model(**query, adapters=adapter).logits
         base = pipe.model(**query).logits
-        vlm = AutoModelForImageTextToText.from_pretrained(pipe.model.config.base_model_name_or_path, dtype=torch.float32)
+        vlm = AutoModelForImageTextToText.from_pretrained(
+            pipe.model.config.base_model_name_or_path, dtype=torch.float32
+        )
         through_peft = PeftModel.from_pretrained(vlm, adapter.save_pretrained(tmp_path / "lora"))(**query).logits
     torch.testing.assert_close(through_peft, in_memory, atol=1e-5, rtol=0)
     assert (in_memory - base).abs().max() > 1e-2

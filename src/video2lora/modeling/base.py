@@ -106,6 +106,6 @@ def _explain(name: str, revision: str | None, error: BaseException) -> str:
 
 
 _OFFLINE = (
-    "it is not in the local cache and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set). Go online once, "
-    "or name a local directory that holds it as the base"
+    "it is not in the local cache and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set). Go online "
+    "once, or name a local directory that holds it as the base"
 )

@@ -67,9 +67,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
             reset()
 
     @classmethod
-    def from_vlm(
-        cls, vlm: str | os.PathLike | PreTrainedModel, revision: str | None = None, **kwargs: Any
-    ) -> Any:
+    def from_vlm(cls, vlm: str | os.PathLike | PreTrainedModel, revision: str | None = None, **kwargs: Any) -> Any:
         """Make a fresh hypernetwork for a base; its adapters change nothing until it is trained.
 
         Args:
@@ -83,7 +81,9 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
             BaseModelError: the base cannot be had.
             ValueError: a config field is wrong, or the base has no such target modules.
         """
-        fields = {k: kwargs.pop(k) for k in list(kwargs) if k in Video2LoraConfig.__dataclass_fields__ and k != "dtype"}
+        fields = {
+            k: kwargs.pop(k) for k in list(kwargs) if k in Video2LoraConfig.__dataclass_fields__ and k != "dtype"
+        }
         if isinstance(vlm, PreTrainedModel):
             if kwargs:
                 raise ValueError(f"unknown config fields for an already loaded base: {sorted(kwargs)}.")
@@ -122,7 +122,10 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
             CheckpointError: a tensor is missing, unexpected or of another shape, or the file is damaged.
             ValueError: not a video2lora checkpoint, or a base was given to a bundled one.
         """
-        where, output_loading_info = kwargs.pop("base_model_name_or_path", None), kwargs.pop("output_loading_info", False)
+        where, output_loading_info = (
+            kwargs.pop("base_model_name_or_path", None),
+            kwargs.pop("output_loading_info", False),
+        )
         if config is None:
             config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path or "", **_hub(kwargs))
         load: Any = super().from_pretrained
@@ -145,8 +148,8 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
                 model, info = load(pretrained_model_name_or_path, *model_args, targets=targets, **arguments)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{pretrained_model_name_or_path}: its weight file is damaged or cut short ({error}). Fetch or save it "
-                "again."
+                f"{pretrained_model_name_or_path}: its weight file is damaged or cut short ({error}). Fetch or save "
+                "it again."
             ) from error
         _check_loaded(str(pretrained_model_name_or_path), model, info)
         model.attach_vlm(vlm)
@@ -244,8 +247,8 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         model = self
         if not bundle_base and not model.config.base_model_name_or_path:
             raise ValueError(
-                "the base of this model has no name or path, so a light checkpoint could not be loaded again: save the "
-                "base and set config.base_model_name_or_path, or save with bundle_base=True."
+                "the base of this model has no name or path, so a light checkpoint could not be loaded again: save "
+                "the base and set config.base_model_name_or_path, or save with bundle_base=True."
             )
         state_dict = dict(model.state_dict() if state_dict is None else state_dict)
         if not bundle_base:
@@ -258,9 +261,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         model.config.bundle_base = bundle_base
         try:
             with TemporaryDirectory(prefix=".saving-", dir=target) as staging:
-                super().save_pretrained(
-                    staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs
-                )
+                super().save_pretrained(staging, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
                 _publish(Path(staging), target, _weight_files(kwargs.get("variant")))
         finally:
             model.config.bundle_base = before
@@ -341,8 +342,8 @@ def _check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
     found = [f"{kind}: {', '.join(keys[:5])}{' ...' * (len(keys) > 5)}" for kind, keys in problems.items() if keys]
     if found:
         raise CheckpointError(
-            f"{name} does not hold the tensors its configuration asks for ({'; '.join(found)}). The file is damaged or "
-            "belongs to another configuration."
+            f"{name} does not hold the tensors its configuration asks for ({'; '.join(found)}). The file is damaged "
+            "or belongs to another configuration."
         )
 
 

@@ -100,8 +100,8 @@ class Video2LoraConfig(PreTrainedConfig):
             raise OSError(f"{pretrained_model_name_or_path} has no config.json of a video2lora model.")
         if model_type != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} is a {model_type!r} model, not a {cls.model_type!r} one; to start from "
-                "a base model use Video2LoraModel.from_vlm(name)."
+                f"{pretrained_model_name_or_path} is a {model_type!r} model, not a {cls.model_type!r} one; to start "
+                "from a base model use Video2LoraModel.from_vlm(name)."
             )
         return config_dict, kwargs
 

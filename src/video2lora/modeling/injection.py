@@ -22,7 +22,7 @@ def inject_lora(
 ) -> Iterator[None]:
     """Run `vlm` with an adapter of its own for each row of the batch, inside a `with` block.
 
-    Forward hooks add `scaling * lora_B^T (lora_A x)` to the target modules' outputs; no weight is copied or changed and
+    Forward hooks add `scaling * lora_B^T (lora_A x)` to the target modules' outputs; no weight is copied or changed,
     gradients flow into `weights`. It acts only in the thread that entered it, so several threads can share one base.
 
     Args:
@@ -37,16 +37,24 @@ def inject_lora(
         ValueError: the adapters do not fit the targets, or, inside the block, the batch does not fit the adapters.
     """
     _check_fit(targets, weights)
-    counts = [queries_per_adapter] * len(weights) if isinstance(queries_per_adapter, int) else list(queries_per_adapter)
+    counts = (
+        [queries_per_adapter] * len(weights) if isinstance(queries_per_adapter, int) else list(queries_per_adapter)
+    )
     if len(counts) != len(weights) or min(counts, default=1) < 1:
-        raise ValueError(f"queries_per_adapter {counts} must hold a positive number for each of {len(weights)} adapters.")
+        raise ValueError(
+            f"queries_per_adapter {counts} must hold a positive number for each of {len(weights)} adapters."
+        )
     thread = threading.get_ident()
     with ExitStack() as hooks:
         for name, paths in targets.paths.items():
             for position, path in enumerate(paths):
                 module = vlm.get_submodule(path)
                 delta = _LoraDelta(
-                    weights.lora_A[name][:, position], weights.lora_B[name][:, position], weights.scaling, counts, module
+                    weights.lora_A[name][:, position],
+                    weights.lora_B[name][:, position],
+                    weights.scaling,
+                    counts,
+                    module,
                 )
 
                 def add_delta(module, args, output, delta=delta):
@@ -92,7 +100,8 @@ class _LoraDelta:
 
 def _check_fit(targets: LoraTargets, weights: LoraWeights) -> None:
     expected = {
-        name: (len(paths), targets.in_features[name], targets.out_features[name]) for name, paths in targets.paths.items()
+        name: (len(paths), targets.in_features[name], targets.out_features[name])
+        for name, paths in targets.paths.items()
     }
     given = {name: (a.shape[1], a.shape[3], weights.lora_B[name].shape[3]) for name, a in weights.lora_A.items()}
     if expected != given:

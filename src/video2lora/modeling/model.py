@@ -35,7 +35,7 @@ class Video2LoraOutput(ModelOutput):
         loss: mean over the queries of each query's mean over its labelled tokens; `None` without labels.
         query_losses: `[queries]`, those means.
         label_logits: `[labelled tokens, vocabulary]`, the logits that predict them, in row order; with labels only.
-        teacher_logits: `[labelled tokens, vocabulary]`, the same of the base that sees the video; with `teacher_inputs`.
+        teacher_logits: `[labelled tokens, vocabulary]`, those of the base that sees the video; with `teacher_inputs`.
         logits: `[queries, tokens, vocabulary]`; without labels only.
         lora: the adapters, still in the autograd graph.
     """
@@ -70,7 +70,9 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
     ) -> None:
         super().__init__(config)
         if config.vlm_config is None:
-            raise ValueError("config.vlm_config is None: use Video2LoraModel.from_vlm(name) to start from a base model.")
+            raise ValueError(
+                "config.vlm_config is None: use Video2LoraModel.from_vlm(name) to start from a base model."
+            )
         if vlm is not None:
             for module in vlm.modules():  # post_init() must not draw its weights anew
                 module.__dict__["_is_hf_initialized"] = True

@@ -244,9 +244,7 @@ class Video2LoraProcessor(ProcessorMixin):
         messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         if response is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        return self.vlm_processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=response is None
-        )
+        return self.vlm_processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
 
     def encode_turn(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of a question and its answer, exactly as the chat template renders the whole turn.
@@ -260,7 +258,7 @@ class Video2LoraProcessor(ProcessorMixin):
         head, whole = self.render(prompt), self.render(prompt, response)
         if not whole.startswith(head):
             raise ValueError(
-                f"the chat template renders the turn {whole!r}, which does not begin with its generation prompt {head!r}."
+                f"the chat template renders the turn {whole!r}, which does not begin with its prompt {head!r}."
             )
         ids, prompt_ids = self._tokenize(whole), self._tokenize(head)
         shared = next((i for i, (a, b) in enumerate(zip(ids, prompt_ids, strict=False)) if a != b), len(prompt_ids))
@@ -297,7 +295,9 @@ class Video2LoraProcessor(ProcessorMixin):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.to_dict()}, {type(self.vlm_processor).__name__})"
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Write `processor_config.json` and the base's processor into the folder `vlm_processor`.
 
         Args:
@@ -377,9 +377,7 @@ def _pad_to(tensor: Tensor, shape: Sequence[int], fill: int, left: bool) -> Tens
     return pad(tensor, widths, value=fill) if any(widths) else tensor
 
 
-def _pad_rows(
-    rows: list[list[int]], labels: list[list[int]] | None, pad_id: int, left: bool
-) -> dict[str, Tensor]:
+def _pad_rows(rows: list[list[int]], labels: list[list[int]] | None, pad_id: int, left: bool) -> dict[str, Tensor]:
     width = max(len(row) for row in rows)
 
     def fill(values: list[list[int]], value: int) -> Tensor:

@@ -65,7 +65,9 @@ def resolve_targets(
     layers = decoder_layers(vlm)
     indices = tuple(range(len(layers))) if layers_to_transform is None else tuple(sorted(layers_to_transform))
     if indices and not 0 <= indices[0] <= indices[-1] < len(layers):
-        raise ValueError(f"layers_to_transform {list(indices)} must lie in 0..{len(layers) - 1}, the decoder's layers.")
+        raise ValueError(
+            f"layers_to_transform {list(indices)} must lie in 0..{len(layers) - 1}, the decoder's layers."
+        )
     path_of = {id(module): name for name, module in vlm.named_modules()}
     paths: dict[str, tuple[str, ...]] = {}
     in_features: dict[str, int] = {}

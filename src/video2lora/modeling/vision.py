@@ -43,7 +43,9 @@ def embed_frames(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     counts = visual.sum(1).tolist()
     real = _real_frames(counts, pixels.shape[1])
     with _contiguous_frames(vlm):
-        features = torch.cat(list(_features(model, pixels, inputs.get("pixel_attention_mask"), real, input_ids.device)))
+        features = torch.cat(
+            list(_features(model, pixels, inputs.get("pixel_attention_mask"), real, input_ids.device))
+        )
     if sum(counts) != len(features):
         raise ValueError(f"{sum(counts)} visual tokens in the prompt do not fit the {len(features)} of the pixels.")
     embeddings = vlm.get_input_embeddings()(input_ids)  # type: ignore[operator]

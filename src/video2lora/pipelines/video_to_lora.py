@@ -162,7 +162,10 @@ class VideoToLoraPipeline(Pipeline):
         inputs, segments = model_inputs["inputs"], model_inputs["segments"]
         size = len(segments)
         generated = stack_lora(
-            [self.model.generate_segments(**self.processor.pad(inputs[i : i + size])) for i in range(0, len(inputs), size)]
+            [
+                self.model.generate_segments(**self.processor.pad(inputs[i : i + size]))
+                for i in range(0, len(inputs), size)
+            ]
         )
         weights = self.model.hypernetwork.combine(generated, [len(parts) for parts in segments])
         return {"weights": weights.to("cpu"), "segments": segments}
