@@ -19,6 +19,7 @@ from transformers.utils import PushInProgress, logging
 from ..data import load_rows
 from ..data.errors import DatasetError
 from ..modeling import Video2LoraConfig, Video2LoraModel, Video2LoraProcessor
+from ..modeling.processor import IGNORE_INDEX
 from .arguments import Video2LoraTrainingArguments
 from .callbacks import add_run_callbacks
 from .checkpoints import (
@@ -165,12 +166,32 @@ class Video2LoraTrainer(Trainer):
             return losses
         if outputs.teacher_logits is not None:
             divergence = kl_per_token(outputs.label_logits, outputs.teacher_logits, args.kl_temperature)
+        elif len(inputs["skipped"]) == inputs["num_videos"]:  # nothing is stored for a dummy
+            return losses
         else:
-            assert self.teacher is not None
-            stored = [self.teacher[row_id, number] for row_id, number in inputs["query_ids"]]
-            joined = {k: torch.cat([s[k] for s in stored]).to(losses.device) for k in stored[0]}
-            divergence = kl_top_k_per_token(outputs.label_logits, **joined)
+            divergence = kl_top_k_per_token(outputs.label_logits, **self._stored_targets(inputs))
         return losses + args.kl_weight * mean_per_query(divergence, inputs["labels"])
+
+    def _stored_targets(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What a teacher has stored for the labelled tokens of a batch, in row order.
+
+        Raises:
+            DatasetError: there is nothing for a query, or it is of other tokens than are trained on.
+        """
+        stored = []
+        for key, labels in zip(inputs["query_ids"], inputs["labels"].cpu(), strict=True):
+            row_id, number = key
+            if key not in self.teacher:
+                raise DatasetError(f"{self.args.teacher} has no logits for query {number} of row {row_id!r}.")
+            targets = self.teacher[key]
+            if targets.pop("labels").tolist() != labels[labels != IGNORE_INDEX].tolist():
+                raise DatasetError(
+                    f"the teacher's logits for query {number} of row {row_id!r} are of another response or tokenizer: "
+                    "train on the manifest that lies beside them."
+                )
+            stored.append(targets)
+        device = inputs["labels"].device
+        return {name: torch.cat([targets[name] for targets in stored]).to(device) for name in stored[0]}
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
