@@ -206,11 +206,16 @@ def test_reporting_callbacks_get_the_table(make: Any, tmp_path: Path, monkeypatc
     assert all(isinstance(value, (int, float)) for entry in trainer.state.log_history for value in entry.values())
 
 
-def test_nothing_is_printed_where_nobody_looks(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_samples_are_shown_where_somebody_looks(
+    terminal: bool, make: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make()
+    monkeypatch.setattr(callbacks.sys.stderr, "isatty", lambda: terminal, raising=False)
     _samples(trainer).on_evaluate(trainer.args, trainer.state, trainer.control, {})
     captured = capsys.readouterr()
-    assert "question" not in captured.out + captured.err
+    assert ("| row | question |" in captured.err) is terminal
+    assert "question" not in captured.out
 
 
 # --- curve -----------------------------------------------------------------------------------------------------------
