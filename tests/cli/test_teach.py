@@ -63,17 +63,8 @@ def test_two_processes_equal_one(run: Callable[..., Any], base_dir: Path, rows_f
     assert load_rows(document["manifest"])["id"] == [f"r{i}" for i in range(9) if i != 3]
     assert len(TeacherLogits(tmp_path / "one")) == 8
 
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "video2lora"]
+    # accelerate's own launcher starts one process only where there is no GPU, unless told otherwise
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "video2lora"]
     two = _launch(launch, *arguments, "-o", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout)["num_skipped"] == 1
