@@ -266,6 +266,35 @@ class Video2LoraProcessor(ProcessorMixin):
         end = ends[-1] + 1 if ends else len(ids)
         return ids[:end], [IGNORE_INDEX] * shared + ids[shared:end]
 
+    def append_response(self, inputs: Mapping[str, Tensor], prompt: str, response: str) -> dict[str, Tensor]:
+        """Put an answer's very tokens, as [`encode_turn`] has them, behind a question with the video in its context.
+
+        Args:
+            inputs: what [`encode_video`] returned for `prompt` with the generation prompt.
+            prompt, response: question and answer.
+
+        Returns:
+            The inputs of the whole turn, with `labels` `[1, tokens]`: the teacher of [`Video2LoraModel.forward`].
+
+        Raises:
+            ValueError: the template ends the prompt in another way with the video than without it.
+        """
+        ids, labels = self.encode_turn(prompt, response)
+        start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        tokens = torch.tensor([ids[start:]])
+        # a tokenizer may merge the prompt's end with the answer's beginning: then that end is the answer's
+        rendered = self._tokenize(self.render(prompt))
+        length = inputs["input_ids"].shape[1]
+        kept = length - (len(rendered) - start)
+        if inputs["input_ids"][0, kept:].tolist() != rendered[start:]:
+            raise ValueError(f"the prompt {prompt!r} is rendered to another end with the video than without it.")
+        whole = dict(inputs)
+        for name, value in inputs.items():
+            if value.shape == (1, length):  # one number a token
+                tail = tokens if name == "input_ids" else torch.full_like(tokens, int(name == "attention_mask"))
+                whole[name] = torch.cat([value[:, :kept], tail.to(value.dtype)], dim=1)
+        return whole | {"labels": torch.cat([torch.full((1, kept), IGNORE_INDEX), tokens], dim=1)}
+
     @property
     def end_token_ids(self) -> set[int]:
         """Tokens that end a turn: the tokenizer's end of sequence."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..modeling.processor import IGNORE_INDEX, Video2LoraProcessor
+from ..modeling.processor import Video2LoraProcessor
 from ..video import VideoError, VideoReader
 
 if TYPE_CHECKING:
@@ -108,10 +108,7 @@ class Video2LoraCollator:
             "query_ids": [(row["id"], number) for number, _ in queries],
         }
         if self.online_teacher:
-            prompts = [query["prompt"] for _, query in queries]
-            sample["teacher"] = [
-                self._teacher_turn(whole, prompt, *turn) for prompt, turn in zip(prompts, turns, strict=True)
-            ]
+            sample["teacher"] = [self._teacher_turn(whole, query["prompt"], query["response"]) for _, query in queries]
         return sample
 
     def _choose(self, queries: list[Any], draw: random.Random) -> list[Any]:
@@ -130,18 +127,10 @@ class Video2LoraCollator:
         spans = zip(edges, edges[1:], strict=False)
         return [reader.sample(num_frames=self.processor.num_frames, start=a, end=b) for a, b in spans]
 
-    def _teacher_turn(
-        self, frames: VideoFrames, prompt: str, ids: list[int], labels: list[int]
-    ) -> dict[str, Tensor]:
-        """The turn with the video in its context: its prompt as the base gets it, then the answer's very tokens."""
-        inputs = dict(self.processor.encode_video(frames, prompt, add_generation_prompt=True))
-        answer = torch.tensor([ids[next(i for i, label in enumerate(labels) if label != IGNORE_INDEX) :]])
-        context = inputs["input_ids"].shape[1]
-        for name, value in inputs.items():
-            if value.dim() == 2 and value.shape == (1, context):  # one number a token
-                tail = answer if name == "input_ids" else torch.full_like(answer, int(name == "attention_mask"))
-                inputs[name] = torch.cat([value, tail], dim=1)
-        return inputs | {"labels": torch.cat([torch.full((1, context), IGNORE_INDEX), answer], dim=1)}
+    def _teacher_turn(self, frames: VideoFrames, prompt: str, response: str) -> dict[str, Tensor]:
+        """The turn with the video in its context."""
+        question = self.processor.encode_video(frames, prompt, add_generation_prompt=True)
+        return self.processor.append_response(question, prompt, response)
 
     def _join(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         turns = [turn for sample in samples for turn in sample["turns"]]
@@ -160,7 +149,7 @@ class Video2LoraCollator:
         frames = self.processor.load_video(torch.full((1, 8, 8, 3), 128, dtype=torch.uint8))
         turn = self.processor.encode_turn("?", "?")
         sample = {"segments": [self.processor.encode_video(frames)], "turns": [turn], "query_ids": [("", 0)]}
-        return sample | ({"teacher": [self._teacher_turn(frames, "?", *turn)]} if self.online_teacher else {})
+        return sample | ({"teacher": [self._teacher_turn(frames, "?", "?")]} if self.online_teacher else {})
 
     def _random(self, row_id: str) -> random.Random:
         key = f"{self.seed}\x1f{int(self._epoch)}\x1f{row_id}".encode()

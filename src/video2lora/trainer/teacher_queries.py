@@ -207,21 +207,9 @@ class Teacher:
     def _append_response(self, query: TeacherQuery) -> tuple[dict[str, Tensor], Tensor]:
         """A query's inputs with the tokens of its response, as training has them, behind; and those tokens."""
         assert query.response is not None
-        ids, labels = self.processor.encode_turn(query.prompt, query.response)
-        start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-        tokens = torch.tensor(ids[start:])
-        # a tokenizer may merge the prompt's end with the answer's beginning: then that end is the answer's
-        rendered = self.processor.tokenizer(self.processor.render(query.prompt), add_special_tokens=False)["input_ids"]
-        length = query.inputs["input_ids"].shape[1]
-        kept = length - (len(rendered) - start)
-        if query.inputs["input_ids"][0, kept:].tolist() != rendered[start:]:
-            raise ValueError(f"the prompt {query.prompt!r} is rendered to another end with the video than without it.")
-        inputs = dict(query.inputs)
-        for name, value in inputs.items():
-            if value.shape == (1, length):  # one number a token
-                tail = tokens if name == "input_ids" else torch.full_like(tokens, int(name == "attention_mask"))
-                inputs[name] = torch.cat([value[:, :kept], tail[None].to(value.dtype)], dim=1)
-        return inputs, tokens
+        inputs = self.processor.append_response(query.inputs, query.prompt, query.response)
+        labels = inputs.pop("labels")
+        return inputs, labels[labels != IGNORE_INDEX]
 
     def _to_vlm(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors on the base's device; pixels in its dtype, but not a number for each video."""
