@@ -353,7 +353,10 @@ def test_a_killed_process_leaves_the_old_or_nothing(tmp_path, make_adapter, exis
     assert VideoAdapter.from_pretrained(directory).content_hash == make_adapter(2).content_hash
 
 
-def test_directories_have_ordinary_permissions(tmp_path, adapter):
+def test_directories_and_files_have_ordinary_permissions(tmp_path, adapter):
     (tmp_path / "plain").mkdir()
+    (tmp_path / "file").touch()
     directory = adapter.save_pretrained(tmp_path / "new" / "out")
     assert directory.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    for path in directory.iterdir():  # a server that runs as somebody else must be able to read them all
+        assert path.stat().st_mode == (tmp_path / "file").stat().st_mode, path.name

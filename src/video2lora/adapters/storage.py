@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -132,6 +133,7 @@ def write_files(
     """Write the four files of an adapter into an empty directory."""
     save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     _write_json(directory / CONFIG_FILE, peft_config_dict(config), sort_keys=True)
+    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # safetensors' may be read by the owner alone
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
     _write_json(directory / PROVENANCE_FILE, document, sort_keys=False)
 
