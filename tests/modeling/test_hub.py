@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from uuid import uuid4
 
 import pytest
 import torch
@@ -60,6 +61,22 @@ def test_the_base_is_pinned_to_the_commit_that_was_loaded(patched_hub, base_comm
     loaded = AutoModelForImageTextToText.from_pretrained(BASE, revision="v1")
     assert Video2LoraModel.from_vlm(loaded, **SMALL, revision=base_commit).config.base_model_revision == base_commit
     assert resolve_commit(BASE, "v1") == base_commit and resolve_commit("owner/nothing") is None
+
+
+def test_a_push_while_loading_does_not_change_what_is_loaded_or_pinned(patched_hub, base_commit, monkeypatch):
+    newest = HfApi().model_info(BASE).sha
+    build(base_commit).push_to_hub(REPO)
+    from_pretrained = AutoModelForImageTextToText.from_pretrained
+
+    def push_first(*args, **kwargs):
+        for repo in (BASE, REPO):
+            HfApi().upload_file(repo_id=repo, path_or_fileobj=uuid4().bytes, path_in_repo="notes")
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", push_first)
+    assert build(None).config.base_model_revision == newest != HfApi().model_info(BASE).sha
+    commit = HfApi().model_info(REPO).sha
+    assert Video2LoraModel.from_pretrained(REPO).checkpoint_commit == commit != HfApi().model_info(REPO).sha
 
 
 @pytest.mark.parametrize("bundle", [False, True], ids=["light", "bundled"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,6 +51,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["hypernetwork"]
     checkpoint_commit: str | None = None
     """Commit of the Hub repository the hypernetwork was loaded from."""
+    _hashed: tuple[list[tuple[int, int | None]], str] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,11 +89,12 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         if isinstance(vlm, PreTrainedModel):
             if kwargs:
                 raise ValueError(f"unknown config fields for an already loaded base: {sorted(kwargs)}.")
-            name, commit = vlm.name_or_path or None, revision or getattr(vlm.config, "_commit_hash", None)
+            name, commit = vlm.name_or_path or None, revision
         else:
             name = os.fspath(vlm)
-            vlm = load_base(name, revision, **kwargs)
+            # found out first: a push between two requests must not pin another commit than was loaded
             commit = resolve_commit(name, revision, **kwargs) or revision
+            vlm = load_base(name, commit, **kwargs)
         fields.setdefault("base_model_name_or_path", name)
         fields.setdefault("base_model_revision", commit)
         model = cls(Video2LoraConfig(vlm_config=vlm.config, **fields), vlm=vlm)
@@ -126,6 +129,11 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
             kwargs.pop("base_model_name_or_path", None),
             kwargs.pop("output_loading_info", False),
         )
+        commit = None
+        if pretrained_model_name_or_path is not None:
+            # found out first: what is loaded is of this commit, also when somebody pushes meanwhile
+            commit = resolve_commit(os.fspath(pretrained_model_name_or_path), **_hub(kwargs))
+            kwargs |= {"revision": commit} if commit else {}
         if config is None:
             config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path or "", **_hub(kwargs))
         load: Any = super().from_pretrained
@@ -156,8 +164,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         model.hypernetwork.to(model.vlm.device)
         if where is not None and not config.bundle_base:
             model.config.base_model_name_or_path, model.config.base_model_revision = os.fspath(where), None
-        if pretrained_model_name_or_path is not None:
-            model.checkpoint_commit = resolve_commit(os.fspath(pretrained_model_name_or_path), **_hub(kwargs))
+        model.checkpoint_commit = commit
         model.eval()
         return (model, info) if output_loading_info else model
 
@@ -214,11 +221,16 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         """
         if self.checkpoint_commit is not None:
             return {"hypernetwork_revision": self.checkpoint_commit, "hypernetwork_sha256": None}
-        digest = sha256()
-        for name, tensor in sorted(self.hypernetwork.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return {"hypernetwork_revision": None, "hypernetwork_sha256": digest.hexdigest()}
+        tensors = sorted(self.hypernetwork.state_dict().items())
+        # half a gigabyte at the released sizes: hashed anew only when a tensor was replaced or written to
+        state = [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in tensors]
+        if self._hashed is None or self._hashed[0] != state:
+            digest = sha256()
+            for name, tensor in tensors:
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._hashed = state, digest.hexdigest()
+        return {"hypernetwork_revision": None, "hypernetwork_sha256": self._hashed[1]}
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -361,6 +373,7 @@ def _publish(staging: Path, target: Path, weight_files: list[str]) -> None:
     """Move what was written into place, the configuration last, and drop weight files of an earlier save."""
     written = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
     for path in written:
+        shutil.copymode(staging / "config.json", path)  # safetensors makes files that only their owner may read
         os.replace(path, target / path.name)
     names = {path.name for path in written}
     if names:

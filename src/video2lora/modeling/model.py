@@ -91,6 +91,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
     def train(self, mode: bool = True) -> Video2LoraModel:
         """Set training mode on the hypernetwork; the frozen base stays in evaluation mode."""
         super().train(mode)
+        self._hashed = None
         if mode:
             self.checkpoint_commit = None  # what is trained is no longer what was loaded
         if self.vlm is not None:
