@@ -57,8 +57,9 @@ class VideoAdapter:
             weights: a batch of one with any scaling and dtype; zero rows behind its rank are cut.
             vlm: the base it was generated for.
             targets: the adapted modules of `vlm`; without it, those called like the weights in every decoder layer.
-            provenance: what is known of its origin. Base and revision are read off `vlm` if no base is named, and
-                ranks are given to segments without them, the same number to each.
+            provenance: what is known of its origin. The base's name is read off `vlm` if none is given (its commit
+                cannot be: transformers does not keep it), and ranks are given to segments without them, the same
+                number to each.
 
         Raises:
             AdapterError: not a batch of one, or ranks of segments that do not fit.
@@ -77,10 +78,8 @@ class VideoAdapter:
         provenance = provenance or AdapterProvenance()
         segments = _with_ranks(provenance.segments or (Segment(),), weights.ranks[0] - weights.static_rank)
         provenance = replace(provenance, segments=segments)
-        name, revision = _name_and_revision(vlm)
-        if provenance.base_model in (None, name):  # else the revision would be another repository's
-            revision = provenance.base_revision or revision
-            provenance = replace(provenance, base_model=name, base_revision=revision)
+        if provenance.base_model is None:
+            provenance = replace(provenance, base_model=_name_of(vlm))
         base = BaseDescription.of(vlm, targets)
         storage.check_finite(to_state_dict(weights, targets, base, "vlm"))
         return cls(weights, targets, base, provenance)
@@ -223,18 +222,13 @@ class VideoAdapter:
 
     def _check_base(self, vlm: nn.Module) -> None:
         """Refuse a base without the adapter's modules; warn about another base of the same sizes."""
-        name, revision = _name_and_revision(vlm)
+        name = _name_of(vlm)
         made_for = f"{self.provenance.base_model or 'an unnamed base'} ({self.base.model_class})"
         given = f"{name or 'an unnamed base'} ({type(vlm).__name__})"
         check_base(vlm, self.targets, self.base, made_for, given)
-        made_at = self.provenance.base_revision
         if not same_repository(self.provenance.base_model, name) or type(vlm).__name__ != self.base.model_class:
             warnings.warn(
                 f"this adapter was made for {made_for}, not for {given}; its answers may be wrong.", stacklevel=3
-            )
-        elif made_at and revision and made_at != revision:
-            warnings.warn(
-                f"this adapter was made for {made_for} at revision {made_at}, not at {revision}.", stacklevel=3
             )
 
     def _peft_config(self, layout: str, *, short_names: bool = True) -> LoraConfig:
@@ -334,10 +328,9 @@ class VideoAdapter:
         )
 
 
-def _name_and_revision(vlm: nn.Module) -> tuple[str | None, str | None]:
-    """Hub id or directory that a model was loaded from, and its commit, where transformers knows them."""
-    config = getattr(vlm, "config", None)
-    return getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None)
+def _name_of(vlm: nn.Module) -> str | None:
+    """Hub id or directory that a model was loaded from, where transformers knows it."""
+    return getattr(getattr(vlm, "config", None), "_name_or_path", None) or None
 
 
 def _check_shapes(weights: LoraWeights, targets: LoraTargets) -> None:

@@ -88,8 +88,7 @@ class AdapterProvenance:
 
     Attributes:
         segments: the stretches of video in it, in the order of their ranks.
-        base_model: Hub id or directory of the base; `VideoAdapter.from_weights` reads it and its revision off the VLM
-            if it is `None`.
+        base_model: Hub id or directory of the base; `VideoAdapter.from_weights` reads it off the VLM if it is `None`.
         base_revision: commit hash of the base.
         hypernetwork: Hub id or directory of the hypernetwork.
         hypernetwork_revision: commit hash of the hypernetwork.
