@@ -16,8 +16,6 @@ from ._options import Device, Json
 from ._output import check_output, directory_bytes, human_bytes, print_json, print_table, removed_on_failure
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature
-
     from ..modeling import Video2LoraModel, Video2LoraProcessor
 
 QUESTIONS = ["What moves in the video?", "Where does it go?", "Which colour has it?"]
@@ -140,7 +138,7 @@ def _ask_about_video(
     """Answer with the video in the context, from the file on: decode, preprocess, generate."""
     import torch
 
-    inputs = _video_turn(processor, video, question)
+    inputs = processor.encode_video(processor.load_video(video), question, add_generation_prompt=True)
     length, visual_tokens = inputs["input_ids"].shape[1], processor.count_visual_tokens(inputs["input_ids"])
     vlm: Any = model.vlm
     moved = {k: v.to(vlm.device, vlm.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
@@ -150,29 +148,6 @@ def _ask_about_video(
         )[0, length:]
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
     return {"answer": answer, "context_tokens": length, "visual_tokens": visual_tokens}
-
-
-def _video_turn(processor: Video2LoraProcessor, video: str, question: str) -> BatchFeature:
-    """The turn `[video] question` with the generation prompt, padded by nothing."""
-    import torch
-
-    from ..modeling import Video2LoraProcessor
-
-    settings = processor.to_dict()
-    settings.pop("processor_class")
-    asking = Video2LoraProcessor(processor.vlm_processor, **settings | {"internalization_prompt": question})
-    turn = [{"role": "user", "content": [{"type": "text", "text": question}]}]
-    without: str = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
-    suffix = processor.render(question)[len(without) :]
-    ids = torch.tensor([processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]])
-    inputs = asking(video)
-    shape = inputs["input_ids"].shape
-    for name, tensor in inputs.items():  # the mask, and token types where the base has them, grow with the ids
-        if tensor.shape == shape and name != "input_ids":
-            fill = torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids)
-            inputs[name] = torch.cat([tensor, fill.to(tensor.dtype)], dim=1)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
-    return inputs
 
 
 def _median_seconds(run: Callable[[], object]) -> float:
