@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,9 +103,19 @@ class Video2LoraTrainer(Trainer):
         """As the parent's, with all queries and whole videos."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = _as_rows(eval_dataset)
+        with self._evaluation_batches():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As the parent's, with all queries and whole videos."""
+        with self._evaluation_batches():
+            return super().get_test_dataloader(_as_rows(test_dataset))
+
+    @contextmanager
+    def _evaluation_batches(self) -> Iterator[None]:
         training, self.data_collator = self.data_collator, self.eval_collator
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = training
 
