@@ -1,0 +1,259 @@
+"""Training runs of tiny models, in this process or in new ones (of one rank or two) that can be killed.
+
+New processes come from a fork server that has imported everything, so they start at once and know nothing of pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.models.smolvlm import modeling_smolvlm, processing_smolvlm  # noqa: F401 - loaded before forking
+
+from video2lora.modeling import Video2LoraModel
+from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
+
+MODEL: dict[str, Any] = {"latent_size": 8, "num_blocks": 1, "rank": 2, "num_latents": 2, "num_frames": 2}
+ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "num_eval_samples": 0,
+}
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+"""Linear in the gradients: AdamW turns the rounding of a gradient near 0 into a whole step."""
+
+
+def make_model(base: str | Path, seed: int = 0, **overrides: Any) -> Video2LoraModel:
+    """A small hypernetwork whose adapters already change something."""
+    torch.manual_seed(seed)
+    model = Video2LoraModel.from_vlm(str(base), dtype=torch.float32, **MODEL | overrides)
+    with torch.no_grad():
+        for name, parameter in model.hypernetwork.named_parameters():
+            if name.startswith(("scaler_B", "bias_B")):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def make_trainer(
+    base: str | Path,
+    output: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    model: Video2LoraModel | None = None,
+    callbacks: list[Any] | None = None,
+    eval_rows: Any = None,
+    **arguments: Any,
+) -> Video2LoraTrainer:
+    """A trainer of a fresh model with the settings of these tests."""
+    args = Video2LoraTrainingArguments(output_dir=str(output), **ARGUMENTS | arguments)
+    model = make_model(base) if model is None else model
+    return Video2LoraTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of the hypernetwork's parameters."""
+    return {name: tensor.detach().clone() for name, tensor in model.hypernetwork.state_dict().items()}
+
+
+def losses(trainer: Any, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+# --- what runs in new processes ------------------------------------------------------------------------------------
+
+
+class KillInStep(TrainerCallback):
+    """kill -9 in the middle of a step: before the optimizer's, with gradients there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            _die()
+
+
+def _kill_workers() -> None:
+    """Those of the data loader, which would notice only after some seconds that they are alone."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def _die() -> None:
+    _kill_workers()
+    os.kill(os.getpid(), 9)
+
+
+def train(settings: dict[str, Any], **changes: Any) -> Video2LoraTrainer:
+    """Train as `settings` say: what [`make_trainer`] takes, and `resume`, `kill_step`, `kill_writing`."""
+    settings = dict(settings) | changes
+    resume, kill_step = settings.pop("resume", None), settings.pop("kill_step", None)
+    kill_writing = settings.pop("kill_writing", None)
+    trainer = make_trainer(**settings, callbacks=[] if kill_step is None else [KillInStep(kill_step)])
+    if kill_writing is not None:
+        _kill_writing(trainer, *kill_writing)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def _kill_writing(trainer: Any, step: int, method: str) -> None:
+    """kill -9 right after `method` wrote its part of the checkpoint of `step`."""
+    write = getattr(trainer, method)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        result = write(*args, **kwargs)
+        if trainer.state.global_step == step and trainer.is_world_process_zero():
+            _die()
+        return result
+
+    setattr(trainer, method, dying)
+
+
+def run_training(output: Path, settings: dict[str, Any]) -> None:
+    """Train; leave the weights and the log in `output`."""
+    trainer = train(settings)
+    if trainer.is_world_process_zero():
+        save_file(weights(trainer.model), output / "weights.safetensors")
+        (output / "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def run_two(output: Path, base: str, rows: list, broken: str) -> None:
+    """All that two processes have to show without being killed, in one go; the results go to `output`."""
+    results: dict[str, Any] = {}
+    bad = [{"id": f"bad-{i}", "video": broken, "conversations": [{"prompt": "p", "response": "r"}]} for i in range(12)]
+    tensors: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, trainer: Any, **more: Any) -> None:
+        results[name] = {"losses": losses(trainer), "norms": losses(trainer, "grad_norm"), **more}
+        tensors.update({f"{name}/{key}": tensor for key, tensor in weights(trainer.model).items()})
+
+    settings: dict[str, Any] = {"base": base, "max_steps": 3} | SGD
+    composed = settings | {"composition_probability": 0.5, "max_queries_per_video": 2}
+    keep("equal", train(composed, rows=rows, output=str(output / "equal"), per_device_train_batch_size=2))
+    some_bad = [*rows[:3], bad[0]]
+    trainer = train(settings, rows=some_bad, output=str(output / "bad"), per_device_train_batch_size=2)
+    keep("broken", trainer, counts=[trainer.num_videos, trainer.num_skipped])
+    # one row a process: the broken one's process has nothing else in its batch
+    trainer = train(settings, rows=[rows[1], bad[0]], output=str(output / "bad1"), per_device_train_batch_size=1)
+    keep("dummy", trainer, counts=[trainer.num_videos, trainer.num_skipped])
+    for name, few in (("many", {}), ("none", {"max_bad_fraction": 0.0})):
+        given = bad if name == "many" else [*rows[:7], bad[0]]
+        try:
+            train(settings, rows=given, output=str(output / name), per_device_train_batch_size=2, **few)
+        except ValueError as error:
+            results[name] = str(error)
+    trainer = make_trainer(
+        base, output / "eval", None, eval_rows=[*rows[:5], bad[0], rows[5]], per_device_eval_batch_size=2
+    )
+    results["eval"] = trainer.evaluate()["eval_loss"]
+    rank = os.environ["RANK"]
+    (output / f"results-{rank}.json").write_text(json.dumps(results))
+    save_file(tensors, output / f"weights-{rank}.safetensors")
+
+
+def _child(rank: int, world: int, port: int, target: Callable[..., None], output: Path, arguments: dict) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        ARGUMENTS["ddp_backend"] = "gloo"
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers, as on any Linux
+    log = open(output / f"stderr-{rank}.txt", "w", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    try:
+        target(output, **arguments)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        _kill_workers()
+        os._exit(1)
+    sys.stderr.flush()
+    _kill_workers()
+    os._exit(0)
+
+
+def launch(
+    target: Callable[..., None], output: Path, processes: int = 1, timeout: float = 120, **arguments: Any
+) -> list[int | None]:
+    """Run `target(output, **arguments)` in new processes; their exit codes (-9: killed, None: it hung and was ended).
+
+    Once one was killed or failed, the others wait for it in vain and are ended too, as a launcher does.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    output.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [
+        context.Process(target=_child, args=(rank, processes, port, target, output, arguments))
+        for rank in range(processes)
+    ]
+    for child in children:
+        child.start()
+    codes: list[int | None] = [None] * processes
+    for _ in range(int(timeout * 20)):
+        for rank, child in enumerate(children):
+            child.join(0.05 / processes)
+            codes[rank] = child.exitcode
+        if None not in codes or any(codes[rank] not in (None, 0) for rank in range(processes)):
+            break
+    for child in children:
+        child.join(5 if any(code not in (None, 0) for code in codes) and processes > 1 else 0)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+        else:
+            codes[children.index(child)] = child.exitcode
+    return codes
+
+
+def succeed(target: Callable[..., None], output: Path, processes: int = 1, **arguments: Any) -> Path:
+    """[`launch`] that must end well; returns `output`."""
+    codes = launch(target, output, processes, **arguments)
+    if any(codes) or None in codes:
+        said = [path.read_text()[-3000:] for path in sorted(output.glob("stderr-*.txt"))]
+        raise AssertionError(f"exit codes {codes}:\n" + "\n---\n".join(said))
+    return output
+
+
+def saved(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "weights.safetensors")
+
+
+def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The hypernetwork in a checkpoint folder."""
+    state = load_file(checkpoint / "model.safetensors")
+    assert all(name.startswith("hypernetwork.") for name in state)
+    return {name.removeprefix("hypernetwork."): tensor for name, tensor in state.items()}
+
+
+def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert set(ours) == set(theirs)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, different
+
+
+def assert_near(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    """To float32 rounding: the difference against the largest value of each tensor."""
+    assert set(ours) == set(theirs)
+    for name in ours:
+        gap = (ours[name] - theirs[name]).abs().max().item()
+        assert gap <= tolerance * theirs[name].abs().max().item(), (name, gap)
