@@ -235,6 +235,23 @@ def test_unreadable_videos_are_one_clear_error(pipe, tmp_path):
             pipe(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("nothing", [None, 3])
+def test_what_is_no_video_is_refused_at_once(pipe, nothing):
+    with pytest.raises(TypeError, match=type(nothing).__name__):
+        pipe(nothing)
+
+
+def test_a_base_is_not_taken_for_a_hypernetwork(tiny_vlm_dir):
+    with pytest.raises(ValueError, match="SmolVLMForConditionalGeneration.*from_vlm"):
+        pipeline("video-to-lora", model=str(tiny_vlm_dir), device="cpu")
+
+
+def test_the_name_of_an_adapter_is_not_the_adapter(pipe):
+    for adapters in ("clip-lora", ["clip-lora"]):
+        with pytest.raises(TypeError, match="VideoAdapter.from_pretrained"):
+            pipe.model.generate(**pipe.processor(text=["What?"]), adapters=adapters)
+
+
 def test_unknown_arguments_are_refused(directory):
     with pytest.raises(TypeError, match="num_frame"):
         pipeline("video-to-lora", model=str(directory), device="cpu", num_frame=3)

@@ -321,6 +321,8 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             return adapters
         if hasattr(adapters, "weights"):
             adapters = [adapters]
+        if isinstance(adapters, str) or any(isinstance(item, str) for item in adapters):
+            raise TypeError("expected adapters, got a name: load it with VideoAdapter.from_pretrained(name).")
         return stack_lora([item if isinstance(item, LoraWeights) else item.weights for item in adapters])
 
 

@@ -49,6 +49,11 @@ class VideoToLoraPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.model, Video2LoraModel):  # transformers loads any model that AutoModel knows
+            raise ValueError(
+                f"{self.model.name_or_path or 'the model'} is a {type(self.model).__name__}, not a Video2LoraModel: "
+                "give a checkpoint with a hypernetwork, or start one for this base with Video2LoraModel.from_vlm(name)."
+            )
         self._one_at_a_time = Lock()
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -90,12 +95,18 @@ class VideoToLoraPipeline(Pipeline):
 
         Raises:
             VideoError: a video cannot be read, or not be sampled as asked.
+            TypeError: `videos` is nothing a video comes as, nor a list, generator or dataset.
         """
         options = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
         options["chunk_seconds"] = chunk_seconds
         preprocess = {**self._preprocess_params, **{k: v for k, v in options.items() if v is not None}}
         if _is_one_video(videos):
             return self.run_single(videos, preprocess, {}, {})[0]
+        if not isinstance(videos, (Iterable, Dataset)):
+            raise TypeError(
+                "expected a video (path, URL, bytes, file object, frames in memory), or a list, generator or dataset "
+                f"of videos; got {type(videos).__name__}."
+            )
         batch_size = batch_size or self._batch_size or 1
         adapters = self.get_iterator(videos, num_workers or self._num_workers or 0, batch_size, preprocess, {}, {})
         if not isinstance(videos, (list, tuple)):
