@@ -22,6 +22,7 @@ from video2lora import (
     load_video,
 )
 from video2lora.testing import tiny_clip
+from video2lora.video import VideoReader
 
 SIZES = {"rank": 4, "latent_size": 16, "num_latents": 4, "num_blocks": 2, "num_frames": 5}
 
@@ -157,6 +158,31 @@ def test_chunks_are_what_their_spans_give_composed(pipe, clips):
         (2.0, 3.0, (8, 12)),
     ]
     assert same(chunked, compose_adapters(parts), atol=2e-6)
+
+
+def test_chunks_are_decoded_as_they_are_read(pipe, clips, monkeypatch):
+    events = []
+    sample, generate = VideoReader.sample, pipe.model.generate_segments
+    monkeypatch.setattr(VideoReader, "sample", lambda *args, **kw: events.append("decode") or sample(*args, **kw))
+    monkeypatch.setattr(pipe.model, "generate_segments", lambda **kw: events.append("read") or generate(**kw))
+    adapter = pipe(clips[1], chunk_seconds=0.25, batch_size=2)
+    assert len(adapter.segments) == 12
+    assert events.count("read") == 6
+    ahead = [events[:i].count("decode") - 2 * events[:i].count("read") for i in range(len(events) + 1)]
+    assert max(ahead) <= 2 + 2  # a batch, and one or two being made meanwhile
+
+
+def test_a_damaged_chunk_raises_where_it_is(pipe, clips, monkeypatch):
+    sample = VideoReader.sample
+
+    def fails_later(self, **kwargs):
+        if kwargs["start"] >= 2:
+            raise VideoError("cannot be read here")
+        return sample(self, **kwargs)
+
+    monkeypatch.setattr(VideoReader, "sample", fails_later)
+    with pytest.raises(VideoError, match="cannot be read here"):
+        pipe(clips[1], chunk_seconds=1.0)
 
 
 def test_batches_of_chunked_videos(pipe, clips):

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from ..adapters import AdapterProvenance, Segment, VideoAdapter
-from ..modeling import Video2LoraModel, Video2LoraProcessor, stack_lora
+from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
 from ..video import VideoFrames, VideoReader, VideoSpanError
 
 SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
@@ -52,7 +52,7 @@ class VideoToLoraPipeline(Pipeline):
         if not isinstance(self.model, Video2LoraModel):  # transformers loads any model that AutoModel knows
             raise ValueError(
                 f"{self.model.name_or_path or 'the model'} is a {type(self.model).__name__}, not a Video2LoraModel: "
-                "give a checkpoint with a hypernetwork, or start one for this base with Video2LoraModel.from_vlm(name)."
+                "give a checkpoint with a hypernetwork, or start one for it with Video2LoraModel.from_vlm(name)."
             )
         self._one_at_a_time = Lock()
 
@@ -86,9 +86,10 @@ class VideoToLoraPipeline(Pipeline):
             start, end: span in seconds of the file's time; a row's own go first.
             longest_edge: pixels to which frames are shrunk.
             chunk_seconds: cut the span into chunks of at most this length, each read by itself with `num_frames`
-                frames, and composed into one adapter of rank `(chunks + 1) * rank`.
-            batch_size: videos internalized together.
-            num_workers: threads that decode ahead while the model works.
+                frames, and composed into one adapter of rank `(chunks + 1) * rank`. Chunks are decoded, read and let
+                go one after the other, so a long video needs no more memory than a short one.
+            batch_size: videos, or chunks of one, internalized together.
+            num_workers: threads that decode ahead while the model works (chunks: always one).
 
         Returns:
             A [`VideoAdapter`], or a list or iterator of them.
@@ -100,14 +101,16 @@ class VideoToLoraPipeline(Pipeline):
         options = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
         options["chunk_seconds"] = chunk_seconds
         preprocess = {**self._preprocess_params, **{k: v for k, v in options.items() if v is not None}}
+        batch_size = batch_size or self._batch_size or 1
         if _is_one_video(videos):
+            if "chunk_seconds" in preprocess:
+                return self._internalize_chunks(videos, batch_size, **preprocess)
             return self.run_single(videos, preprocess, {}, {})[0]
         if not isinstance(videos, (Iterable, Dataset)):
             raise TypeError(
                 "expected a video (path, URL, bytes, file object, frames in memory), or a list, generator or dataset "
                 f"of videos; got {type(videos).__name__}."
             )
-        batch_size = batch_size or self._batch_size or 1
         adapters = self.get_iterator(videos, num_workers or self._num_workers or 0, batch_size, preprocess, {}, {})
         if not isinstance(videos, (list, tuple)):
             return adapters
@@ -125,22 +128,33 @@ class VideoToLoraPipeline(Pipeline):
     ) -> Iterator[VideoAdapter]:
         """Adapters of many videos, lazily; the parent's loader cannot batch what is not a dict of tensors."""
         videos = (inputs[i] for i in range(len(inputs))) if _is_indexed(inputs) else inputs
+        if "chunk_seconds" in preprocess_params:
+            yield from (self._internalize_chunks(video, batch_size, **preprocess_params) for video in videos)
+            return
         prepared = _ahead(lambda video: self.preprocess(video, **preprocess_params), videos, num_workers)
         while batch := list(islice(prepared, batch_size)):
             yield from self.postprocess(self.forward(_join(batch), **forward_params), **postprocess_params)
 
+    def _internalize_chunks(self, video: Any, batch_size: int, **sampling: Any) -> VideoAdapter:
+        """One adapter from the chunks of a video, of which only a few are in memory at a time."""
+        video, sampling = _span_of(video, sampling)
+        prepared = _in_background(self._prepare(frames) for frames in self._segments(video, **sampling))
+        parts, segments = [], []
+        while batch := list(islice(prepared, batch_size)):
+            outputs = self.forward(_join(batch))
+            parts.append(outputs["generated"])
+            segments += outputs["segments"]
+        return self._adapters(stack_lora(parts), [segments])[0]
+
     def preprocess(self, video: Any, **sampling: Any) -> dict[str, list[Any]]:  # type: ignore[override]
-        """Decode a video and prepare its segments for the model."""
-        if isinstance(video, Mapping) and "video" in video:
-            sampling |= {k: video[k] for k in ("start", "end") if video.get(k) is not None}
-            video = video["video"]
-        inputs, segments = [], []
-        for frames in self._segments(video, **sampling):
-            with self._one_at_a_time:  # tokenizers may not be entered twice at once
-                features = self.processor(frames)
-            inputs.append(dict(features))
-            segments.append(self._describe(frames, features["input_ids"]))
-        return {"inputs": inputs, "segments": [segments]}
+        """Decode a video and prepare it for the model."""
+        video, sampling = _span_of(video, sampling)
+        return self._prepare(next(self._segments(video, **sampling)))
+
+    def _prepare(self, frames: VideoFrames) -> dict[str, list[Any]]:
+        with self._one_at_a_time:  # tokenizers may not be entered twice at once
+            features = self.processor(frames)
+        return {"inputs": [dict(features)], "segments": [self._describe(frames, features["input_ids"])]}
 
     def _segments(
         self, video: Any, chunk_seconds: float | None = None, longest_edge: int | None = None, **sampling: Any
@@ -169,21 +183,19 @@ class VideoToLoraPipeline(Pipeline):
         )
 
     def _forward(self, model_inputs: dict[str, list[Any]], **_: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Internalize the segments of a batch of videos, as many together as there are videos."""
-        inputs, segments = model_inputs["inputs"], model_inputs["segments"]
-        size = len(segments)
-        generated = stack_lora(
-            [
-                self.model.generate_segments(**self.processor.pad(inputs[i : i + size]))
-                for i in range(0, len(inputs), size)
-            ]
-        )
-        weights = self.model.hypernetwork.combine(generated, [len(parts) for parts in segments])
-        return {"weights": weights.to("cpu"), "segments": segments}
+        """The generated part of the adapters of a batch of segments."""
+        generated = self.model.generate_segments(**self.processor.pad(model_inputs["inputs"]))
+        return {"generated": generated.to("cpu"), "segments": model_inputs["segments"]}
 
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[VideoAdapter]:
-        """Adapters with their provenance."""
-        config = self.model.config
+        """An adapter of each segment."""
+        return self._adapters(model_outputs["generated"], [[segment] for segment in model_outputs["segments"]])
+
+    @torch.no_grad()
+    def _adapters(self, generated: LoraWeights, segments: list[list[Segment]]) -> list[VideoAdapter]:
+        """Adapters with their provenance, each of consecutive generated segments."""
+        hypernetwork, config = self.model.hypernetwork, self.model.config
+        weights = hypernetwork.combine(generated.to(hypernetwork.device), [len(parts) for parts in segments])
         origin: dict[str, Any] = {
             "base_model": config.base_model_name_or_path,
             "base_revision": config.base_model_revision,
@@ -192,12 +204,12 @@ class VideoToLoraPipeline(Pipeline):
         }
         return [
             VideoAdapter.from_weights(
-                weights,
+                adapter.to("cpu"),
                 vlm=self.model.vlm,
                 targets=self.model.targets,
-                provenance=AdapterProvenance(segments=tuple(segments), **origin),
+                provenance=AdapterProvenance(segments=tuple(parts), **origin),
             )
-            for weights, segments in zip(model_outputs["weights"], model_outputs["segments"], strict=True)
+            for adapter, parts in zip(weights, segments, strict=True)
         ]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -243,6 +255,23 @@ def _ahead(prepare: Callable[[Any], Any], videos: Iterable[Any], threads: int) -
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_background(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, the next one being made in a thread while one is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, items, end)
+            yield item
+
+
+def _span_of(video: Any, sampling: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The video of a row, and the sampling options with the row's own span first."""
+    if not isinstance(video, Mapping) or "video" not in video:
+        return video, sampling
+    return video["video"], sampling | {k: video[k] for k in ("start", "end") if video.get(k) is not None}
 
 
 def _join(items: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
