@@ -73,9 +73,8 @@ def main() -> None:
         [name, f"{value:.3f}", f"{value * arguments.rate:.1f}"]
         for name, value in (medians | {"together": total}).items()
     ]
-    print(
-        f"{arguments.videos - 1} videos of {size / arguments.videos / 1e6:.1f} MB, torch {torch.__version__}, av {av.__version__}"
-    )
+    versions = f"torch {torch.__version__}, av {av.__version__}"
+    print(f"{arguments.videos - 1} videos of {size / arguments.videos / 1e6:.1f} MB, {versions}")
     print(table(["step", "CPU seconds a video", f"cores for {arguments.rate:g} videos/s"], rows))
 
 

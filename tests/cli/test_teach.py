@@ -64,7 +64,8 @@ def test_two_processes_equal_one(run: Callable[..., Any], base_dir: Path, rows_f
     assert len(TeacherLogits(tmp_path / "one")) == 8
 
     # accelerate's own launcher starts one process only where there is no GPU, unless told otherwise
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "video2lora"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    launch += ["-m", "video2lora"]
     two = _launch(launch, *arguments, "-o", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout)["num_skipped"] == 1
