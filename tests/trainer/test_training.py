@@ -289,7 +289,9 @@ def test_an_ordinary_run_says_nothing_of_ours_and_keeps_the_configuration(
         finally:
             logger.removeHandler(caplog.handler)
     assert [str(w.message) for w in caught if "video2lora" in str(w.filename)] == []
-    assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+    said = [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    # what SmolVLM's processor says to itself in transformers 5.17
+    assert [message for message in said if not message.startswith("Kwargs passed to `processor.__call__`")] == []
     for folder in (tmp_path / "run", tmp_path / "run/checkpoint-1"):
         assert json.loads((folder / "config.json").read_text()) == json.loads(
             (tmp_path / "before/config.json").read_text()
