@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BertConfig
 
 from video2lora.modeling import BaseModelError, Video2LoraConfig, Video2LoraModel, Video2LoraProcessor
 from video2lora.modeling.base import load_base, resolve_commit
@@ -266,6 +266,13 @@ def test_another_base_under_the_same_name(light, patched_hub):
 
     tiny_smolvlm(intermediate_size=96)[0].push_to_hub(BASE)
     refused(light(base_model_revision="main"), r"intermediate_size 128 \(got 96\)")
+
+
+def test_a_model_of_another_kind_is_no_base(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match="no vision-language model.*BertConfig") as caught:
+        load_base(str(tmp_path))
+    assert len(str(caught.value)) < 300  # transformers names every class it knows
 
 
 def test_load_base_passes_what_it_is_given(patched_hub, base_commit):
