@@ -389,15 +389,10 @@ def _metadata(times: list[float], duration: float) -> VideoMetadata:
 
 def _as_list(videos: Any) -> list[Any]:
     """A list of videos from one video or several; a list of frames is one video."""
-    if not isinstance(videos, (list, tuple)):
-        return [videos]
-    if videos and not isinstance(videos[0], (str, Path, bytes, dict)) and _is_frame(videos[0]):
-        return [videos]
-    return list(videos)
+    from video2lora.video import is_frame
 
-
-def _is_frame(item: Any) -> bool:
-    return (hasattr(item, "mode") and hasattr(item, "convert")) or getattr(item, "ndim", 0) == 3
+    several = isinstance(videos, (list, tuple)) and not (videos and is_frame(videos[0]))
+    return list(videos) if several else [videos]
 
 
 def _pad_to(tensor: Tensor, shape: Sequence[int], fill: int, left: bool) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import Pipeline
 
 from ..adapters import AdapterProvenance, Segment, VideoAdapter
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
-from ..video import VideoFrames, VideoReader, VideoSpanError
+from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
 
 SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
 
@@ -226,13 +226,8 @@ def _is_one_video(videos: Any) -> bool:
     if isinstance(videos, (str, Path, bytes, bytearray, Mapping, VideoFrames, np.ndarray, torch.Tensor)):
         return True
     if isinstance(videos, (list, tuple)):
-        return bool(videos) and _is_frame(videos[0])
+        return bool(videos) and is_frame(videos[0])
     return hasattr(videos, "read")
-
-
-def _is_frame(item: Any) -> bool:
-    """Whether `item` is a single image, so that a list of such is one video."""
-    return (hasattr(item, "mode") and hasattr(item, "convert")) or getattr(item, "ndim", 0) == 3
 
 
 def _is_indexed(videos: Any) -> bool:

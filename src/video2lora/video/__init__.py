@@ -1,7 +1,7 @@
 """Video in: decoding and frame sampling on the presentation timeline, from files, URLs, bytes or frames in memory."""
 
 from .errors import UnreadableVideoError, VideoError, VideoSpanError
-from .frames import VideoFrames, VideoInfo
+from .frames import VideoFrames, VideoInfo, is_frame
 from .reader import VideoReader, load_video, probe_video
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "VideoInfo",
     "VideoReader",
     "VideoSpanError",
+    "is_frame",
     "load_video",
     "probe_video",
 ]

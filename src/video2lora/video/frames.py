@@ -118,6 +118,11 @@ class MemoryFrames:
         """Nothing to close."""
 
 
+def is_frame(item: Any) -> bool:
+    """Whether `item` is a single picture, so that a list of such is one video rather than several."""
+    return (hasattr(item, "mode") and hasattr(item, "convert")) or getattr(item, "ndim", 0) == 3
+
+
 def is_frames(video: Any) -> bool:
     """Whether `video` is frames in memory rather than a file."""
     return isinstance(video, (list, tuple)) or (hasattr(video, "shape") and hasattr(video, "dtype"))
