@@ -22,6 +22,8 @@ _EXPORTS = {
     "Video2LoraConfig": "modeling",
     "Video2LoraModel": "modeling",
     "Video2LoraProcessor": "modeling",
+    "Video2LoraTrainer": "trainer",
+    "Video2LoraTrainingArguments": "trainer",
     "inject_lora": "modeling",
     "VideoToLoraPipeline": "pipelines",
     "VideoError": "video",
