@@ -102,7 +102,7 @@ def _explain(name: str, revision: str | None, error: BaseException) -> str:
             return f"the base model {name!r}{at} could not be loaded: {reason}."
     if constants.HF_HUB_OFFLINE and not os.path.exists(name):
         return f"the base model {name!r}{at} could not be loaded: {_OFFLINE}."
-    what, foreign, _ = str(error).partition(" Model type should be one of")  # and then names a hundred classes
+    what, foreign, _ = str(error).partition("\nModel type should be one of")  # and then names a hundred classes
     if foreign:
         return f"{name!r}{at} is no vision-language model of AutoModelForImageTextToText: {what}"
     return f"the base model {name!r}{at} could not be loaded: {error}"
