@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ def read_directory(directory: Path) -> StoredAdapter:
         )
     try:
         layout, rank = str(document["layout"]), int(document["rank"])
-        static_rank = rank - int(document["static_ranks"][0]) if document["static_ranks"] else 0
+        static_rank = _read_static_rank(document["static_ranks"], rank)
         targets = _read_targets(document["targets"])
         base = BaseDescription(**{**document["base"], "short_names": tuple(document["base"]["short_names"])})
         provenance = AdapterProvenance.from_dict(document["provenance"])
@@ -256,6 +256,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterFormatError(f"{path} must hold a JSON object, found {type(values).__name__}.")
     return values
+
+
+def _read_static_rank(static_ranks: Sequence[int] | None, rank: int) -> int:
+    if not static_ranks:
+        return 0
+    first, end = static_ranks
+    if not 0 <= first < end == rank:  # the tensors' hash does not cover it, and composing goes by it
+        raise ValueError(f"static_ranks {static_ranks} must be the last of {rank} ranks")
+    return end - first
 
 
 def _read_targets(values: Mapping[str, Any]) -> LoraTargets:

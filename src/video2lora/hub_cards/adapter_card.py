@@ -63,7 +63,7 @@ def adapter_card(document: Mapping[str, Any], *, name: str, base_on_hub: bool) -
         versions=", ".join(f"{library} {number}" for library, number in provenance["library_versions"].items()),
         content_hash=document["content_hash"],
     )
-    return str(card)
+    return str(card).rstrip() + "\n"
 
 
 def _segment_row(segment: Mapping[str, Any]) -> list[str]:
