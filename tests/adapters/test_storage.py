@@ -230,7 +230,7 @@ def test_files_that_do_not_fit_each_other_are_refused(tmp_path, adapter):
         "targets": (lambda d: change_json(d, config, target_modules=["up_proj"]), "target_modules"),
         "pattern": (lambda d: change_json(d, config, rank_pattern={"down_proj": 2}), "rank_pattern"),
         "newer": (lambda d: change_json(d, provenance, format_version=2), "upgrade"),
-        "static part elsewhere": (lambda d: change_json(d, provenance, static_ranks=[0, 3]), "static_ranks .*last of 6"),
+        "static part first": (lambda d: change_json(d, provenance, static_ranks=[0, 3]), "static_ranks .*last of 6"),
         "static part too large": (lambda d: change_json(d, provenance, static_ranks=[-2, 6]), "static_ranks"),
         "no targets": (lambda d: change_json(d, provenance, targets={}), "damaged"),
         "other values": (lambda d: change_tensors(d, lambda t: t[FIRST_KEY].mul_(2)), "hashes differ"),
