@@ -62,6 +62,7 @@ def teach(
     try:
         with about(rows):
             dataset = _load(rows, split, video_root, limit)
+        revision = _commit(base, revision)
         vlm, processor = _load_base(base, revision, dtype, state.device if device is None else device)
         vocab_size = vlm.get_output_embeddings().weight.shape[0]
         if top_k is not None and top_k > vocab_size:
@@ -78,6 +79,7 @@ def teach(
             num_workers=num_workers,
             overwrite_responses=overwrite_responses,
             max_bad_fraction=max_bad_fraction,
+            base_revision=revision,
         )
     except DatasetError as error:
         raise CommandError(str(error)) from error
@@ -109,6 +111,13 @@ def _load(rows: str, split: str | None, video_root: Path | None, limit: int | No
 
     dataset: Any = load_rows(rows, split=split, video_root=video_root)
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def _commit(base: str, revision: str | None) -> str | None:
+    """The commit that is loaded and written down, found once: a push in between must not change it."""
+    from ..modeling.base import resolve_commit
+
+    return resolve_commit(base, revision) or revision
 
 
 def _load_base(base: str, revision: str | None, dtype: Dtype | None, device: Any) -> tuple[Any, Any]:

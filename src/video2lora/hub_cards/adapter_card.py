@@ -41,6 +41,8 @@ def adapter_card(document: Mapping[str, Any], *, name: str, base_on_hub: bool) -
         name=_inline(name),
         layout=layout,
         base=_inline(base_model or "the base model"),
+        # of a directory only the last part is told: somebody else's path is elsewhere
+        base_path=_inline(base_model if base_on_hub else f"path/to/{base_model or 'base'}"),
         revision=provenance["base_revision"],
         model_class=document["base"]["model_class"],
         segments=[_segment_row(segment) for segment in provenance["segments"]],

@@ -43,7 +43,8 @@ def load_base(name_or_path: str, revision: str | None = None, **kwargs: Any) -> 
     Args:
         name_or_path: Hub id or directory.
         revision: commit hash, branch or tag; ignored for a directory.
-        kwargs: what `from_pretrained` takes, such as `dtype`, `device_map`, `attn_implementation`, `token`.
+        kwargs: what `from_pretrained` takes, such as `dtype`, `device_map`, `attn_implementation`, `token`. Code of a
+            repository runs only with `trust_remote_code=True`; a checkpoint that names such a base never suffices.
 
     Raises:
         BaseModelError: it is missing, gated, not at that revision, or there is no network.
@@ -51,7 +52,8 @@ def load_base(name_or_path: str, revision: str | None = None, **kwargs: Any) -> 
     if os.path.isdir(name_or_path):
         revision = None
     try:
-        return AutoModelForImageTextToText.from_pretrained(name_or_path, revision=revision, **kwargs)
+        arguments = {"trust_remote_code": False} | kwargs
+        return AutoModelForImageTextToText.from_pretrained(name_or_path, revision=revision, **arguments)
     except HUB_ERRORS as error:
         raise BaseModelError(_explain(name_or_path, revision, error)) from error
 

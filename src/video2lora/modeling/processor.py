@@ -76,7 +76,8 @@ class Video2LoraProcessor(ProcessorMixin):
             if name is None:
                 raise OSError("the configuration names no base model: pass its processor as `vlm_processor=`.")
             revision = None if os.path.isdir(name) else config.base_model_revision
-            vlm_processor = AutoProcessor.from_pretrained(name, revision=revision, **kwargs)
+            arguments = {"trust_remote_code": False} | kwargs
+            vlm_processor = AutoProcessor.from_pretrained(name, revision=revision, **arguments)
         return cls(vlm_processor, **{name: getattr(config, name) for name in SETTINGS})
 
     # --- videos ----------------------------------------------------------------------------------------------------
@@ -366,7 +367,8 @@ class Video2LoraProcessor(ProcessorMixin):
             if not os.path.isdir(folder):
                 # not with `subfolder=`: offline, AutoTokenizer would miss a config.json that was never there
                 folder = snapshot_download(folder, allow_patterns=f"{VLM_PROCESSOR_FOLDER}/*", **hub)
-            vlm_processor = AutoProcessor.from_pretrained(os.path.join(folder, VLM_PROCESSOR_FOLDER), **kwargs)
+            folder = os.path.join(folder, VLM_PROCESSOR_FOLDER)
+            vlm_processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **kwargs)
             return cls(vlm_processor, **{k: settings[k] for k in SETTINGS if k in settings} | overrides)
         config = Video2LoraConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         kwargs.pop("revision", None)

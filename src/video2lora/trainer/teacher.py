@@ -45,6 +45,7 @@ def teach(
     num_workers: int = 4,
     overwrite_responses: bool = False,
     max_bad_fraction: float = 0.05,
+    base_revision: str | None = None,
 ) -> TeachSummary:
     """Let the base, with the video in its context, answer every query without a response, greedily.
 
@@ -77,6 +78,7 @@ def teach(
         num_workers: threads that decode ahead of the model. A video is decoded once for all its queries.
         overwrite_responses: answer also queries that have a response.
         max_bad_fraction: stop when more than this part of the rows to be read cannot be.
+        base_revision: commit hash of the base, to be written down; a model does not know its own.
 
     Returns:
         What lies in the folder, in every process.
@@ -89,7 +91,9 @@ def teach(
     vocab_size = vlm.get_output_embeddings().weight.shape[0]
     _check_numbers(max_new_tokens, batch_size, top_k, num_workers, max_bad_fraction, vocab_size)
     rows = _as_dataset(rows)
-    teacher = Teacher(vlm.eval(), processor, rows, max_new_tokens, batch_size, top_k, overwrite_responses)
+    teacher = Teacher(
+        vlm.eval(), processor, rows, max_new_tokens, batch_size, top_k, overwrite_responses, base_revision
+    )
     units = plan_units([len(teacher.wanted(row["queries"])) for row in rows.select_columns("queries")], batch_size)
     state = distributed_state(vlm.device.type == "cpu")
     folder = TeachFolder(Path(output_dir), teacher.settings(), state.process_index)

@@ -52,8 +52,10 @@ class Teacher:
         batch_size: int,
         top_k: int | None,
         overwrite_responses: bool,
+        base_revision: str | None = None,
     ) -> None:
         self.vlm, self.processor, self.rows = vlm, processor, rows
+        self.base_revision = base_revision
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.top_k, self.overwrite_responses = top_k, overwrite_responses
         self._visual = {
@@ -85,7 +87,7 @@ class Teacher:
         settings = {
             "format": _FORMAT,
             "base": self.vlm.name_or_path or None,
-            "base_revision": getattr(self.vlm.config, "_commit_hash", None),
+            "base_revision": self.base_revision,
             "dtype": str(self.vlm.dtype).removeprefix("torch."),
             "device": self.vlm.device.type,
             "attn_implementation": self.vlm.config._attn_implementation,
