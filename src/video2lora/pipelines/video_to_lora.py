@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -21,6 +19,7 @@ from transformers import Pipeline
 from ..adapters import AdapterProvenance, Segment, VideoAdapter
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
 from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
+from ..video.ahead import one_ahead, prepare_ahead
 
 SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
 
@@ -131,14 +130,14 @@ class VideoToLoraPipeline(Pipeline):
         if "chunk_seconds" in preprocess_params:
             yield from (self._internalize_chunks(video, batch_size, **preprocess_params) for video in videos)
             return
-        prepared = _ahead(lambda video: self.preprocess(video, **preprocess_params), videos, num_workers)
+        prepared = prepare_ahead(lambda video: self.preprocess(video, **preprocess_params), videos, num_workers)
         while batch := list(islice(prepared, batch_size)):
             yield from self.postprocess(self.forward(_join(batch), **forward_params), **postprocess_params)
 
     def _internalize_chunks(self, video: Any, batch_size: int, **sampling: Any) -> VideoAdapter:
         """One adapter from the chunks of a video, of which only a few are in memory at a time."""
         video, sampling = _span_of(video, sampling)
-        prepared = _in_background(self._prepare(frames) for frames in self._segments(video, **sampling))
+        prepared = one_ahead(self._prepare(frames) for frames in self._segments(video, **sampling))
         parts, segments = [], []
         while batch := list(islice(prepared, batch_size)):
             outputs = self.forward(_join(batch))
@@ -233,33 +232,6 @@ def _is_one_video(videos: Any) -> bool:
 def _is_indexed(videos: Any) -> bool:
     """Whether `videos` is a torch dataset that can only be indexed."""
     return isinstance(videos, Dataset) and not isinstance(videos, IterableDataset)
-
-
-def _ahead(prepare: Callable[[Any], Any], videos: Iterable[Any], threads: int) -> Iterator[Any]:
-    """`map(prepare, videos)` with as many items prepared ahead, in order, as there are threads."""
-    if threads < 1:
-        yield from map(prepare, videos)
-        return
-    pool, waiting = ThreadPoolExecutor(threads), deque[Any]()
-    try:
-        for video in videos:
-            waiting.append(pool.submit(prepare, video))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _in_background(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, the next one being made in a thread while one is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(next, items, end)
-        while (item := upcoming.result()) is not end:
-            upcoming = pool.submit(next, items, end)
-            yield item
 
 
 def _span_of(video: Any, sampling: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from datetime import timedelta
 from itertools import islice
@@ -21,6 +19,7 @@ from ..data import DatasetError, load_rows
 from ..data.rows import COLUMNS
 from ..modeling.processor import Video2LoraProcessor
 from ..video import VideoError
+from ..video.ahead import prepare_ahead
 from .teacher_files import TeachFolder, TeachSummary
 from .teacher_logits import TeacherLogits
 from .teacher_queries import Teacher
@@ -162,7 +161,7 @@ def _work(
     tried = [rows if record is None else [int(row) for row in record["skipped"]] for _, rows, record in todo]
     # while the model is at one batch, the next is made ready
     ahead = num_workers + max(map(len, tried), default=0)
-    prepared = _ahead(teacher.prepare, (row for rows in tried for row in rows), num_workers, ahead)
+    prepared = prepare_ahead(teacher.prepare, (row for rows in tried for row in rows), num_workers, ahead)
     total, left = sum(len(rows) for _, rows in units), sum(map(len, tried))
     hide = None if show else True  # None: unless stderr is a terminal
     with closing(prepared), tqdm(desc="Teaching", unit="row", total=total, initial=total - left, disable=hide) as bar:
@@ -215,23 +214,3 @@ def _check_numbers(
         raise ValueError(f"top_k must be from 1 to the {vocab_size} tokens of the vocabulary, got {top_k}.")
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction must be from 0 to 1, got {max_bad_fraction}.")
-
-
-def _ahead(prepare: Callable[[int], Any], rows: Iterable[int], threads: int, ahead: int) -> Generator[Any, None, None]:
-    """`map(prepare, rows)` with up to `ahead` of them under way in threads; in order.
-
-    Threads, since worker processes forked after torch's and FFmpeg's threads have started hang.
-    """
-    if threads < 1:
-        yield from map(prepare, rows)
-        return
-    pool, waiting = ThreadPoolExecutor(threads), deque[Any]()
-    try:
-        for row in rows:
-            waiting.append(pool.submit(prepare, row))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
