@@ -279,3 +279,10 @@ def test_load_base_passes_what_it_is_given(patched_hub, base_commit):
     loaded = load_base(BASE, base_commit, dtype=torch.bfloat16, attn_implementation="eager")
     assert loaded.dtype == torch.bfloat16 and loaded.config.get_text_config()._attn_implementation == "eager"
     assert Video2LoraConfig(vlm_config=loaded.config).get_text_config().hidden_size == 64
+
+
+def test_a_light_push_of_a_local_base_warns(smolvlm, make_model, patched_hub, tmp_path):
+    model = make_model(smolvlm.vlm)
+    model.config.base_model_name_or_path = str(tmp_path)
+    with pytest.warns(UserWarning, match="nobody else can load"):
+        model.push_to_hub("owner/light")

@@ -452,3 +452,21 @@ def test_a_sharded_base_runs_to_its_end(smolvlm, make_model, make_processor, cli
         last.__class__ = type(name, (type(last),), {})
         assert_same_lora(model.internalize(**inputs), expected)
     assert calls == [1]
+
+
+def test_a_base_that_carries_an_adapter_is_not_read(smolvlm, make_model, make_processor, clips):
+    from peft import LoraConfig, get_peft_model
+
+    base = copy.deepcopy(smolvlm.vlm)
+    model = make_model(base)
+    inputs = make_processor(smolvlm)(videos=clips[:1])
+    expected = model.internalize(**inputs)
+    carrying = get_peft_model(base, LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="PEFT adapter.*unload"):
+        model.internalize(**inputs)
+    with pytest.raises(ValueError, match="PEFT adapter"):
+        Video2LoraModel.from_vlm(base)
+    with carrying.disable_adapter():
+        assert_same_lora(model.internalize(**inputs), expected)
+    carrying.unload()
+    assert_same_lora(model.internalize(**inputs), expected)

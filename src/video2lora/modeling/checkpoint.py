@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -302,6 +303,14 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
             kwargs: what [`save_pretrained`] takes.
         """
         from video2lora.hub_cards import model_card
+
+        base = self.config.base_model_name_or_path
+        if not bundle_base and base is not None and os.path.isdir(base):
+            warnings.warn(
+                f"the base of this checkpoint is a directory of this machine ({base}), which nobody else can load: "
+                "push the base too and set config.base_model_name_or_path to its name, or push with bundle_base=True.",
+                stacklevel=2,
+            )
 
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:

@@ -134,8 +134,22 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
 
         Args:
             video_inputs: as in [`internalize`].
+
+        Raises:
+            ValueError: the base carries a PEFT adapter.
         """
+        self._check_plain_base()
         return self.hypernetwork.generate_weights(self._embed_layers(video_inputs))
+
+    def _check_plain_base(self) -> None:
+        """Refuse to read a video through a base that carries an adapter: its hidden states are not the base's."""
+        for paths in self.targets.paths.values():
+            module = self.vlm.get_submodule(paths[0])
+            if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
+                raise ValueError(
+                    f"the base carries a PEFT adapter at {paths[0]}, so videos would be read by another model than the "
+                    "hypernetwork was made for: unload() the PeftModel, or attach adapters to a base of their own."
+                )
 
     def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
         """Stream the VLM's hidden states through the perceiver: `[batch, layers, modules * rank, latent_size]`."""

@@ -85,6 +85,8 @@ def resolve_targets(
 def _find_linear(layer: nn.Module, name: str, index: int) -> nn.Linear:
     matches = [m for n, m in layer.named_modules() if n.rpartition(".")[2] == name and isinstance(m, nn.Linear)]
     if len(matches) != 1:
+        if any(hasattr(m, "base_layer") for m in layer.modules()):
+            raise ValueError("the base carries a PEFT adapter: pass the plain base (`unload()` gives it back).")
         linears = sorted({n.rpartition(".")[2] for n, m in layer.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(
             f"decoder layer {index} has {len(matches)} Linear modules called {name!r}, expected exactly one; "
