@@ -147,8 +147,8 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             module = self.vlm.get_submodule(paths[0])
             if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
                 raise ValueError(
-                    f"the base carries a PEFT adapter at {paths[0]}, so videos would be read by another model than the "
-                    "hypernetwork was made for: unload() the PeftModel, or attach adapters to a base of their own."
+                    f"the base carries a PEFT adapter at {paths[0]}, so videos would be read by another model than "
+                    "the hypernetwork was made for: unload() the PeftModel, or attach adapters to a base of their own."
                 )
 
     def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
