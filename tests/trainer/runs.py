@@ -207,21 +207,21 @@ def launch(
     ]
     for child in children:
         child.start()
-    codes: list[int | None] = [None] * processes
-    for _ in range(int(timeout * 20)):
-        for rank, child in enumerate(children):
-            child.join(0.05 / processes)
-            codes[rank] = child.exitcode
-        if None not in codes or any(codes[rank] not in (None, 0) for rank in range(processes)):
-            break
-    for child in children:
-        child.join(5 if any(code not in (None, 0) for code in codes) and processes > 1 else 0)
-        if child.exitcode is None:
+    try:
+        for _ in range(int(timeout * 20)):
+            for child in children:
+                child.join(0.05 / processes)
+            codes = [child.exitcode for child in children]
+            if None not in codes or any(codes):
+                break
+        if any(codes):
+            for child in children:
+                child.join(5)
+        return [child.exitcode for child in children]
+    finally:
+        for child in children:  # also when the test runs out of time: pytest would wait for them for ever
             child.kill()
             child.join()
-        else:
-            codes[children.index(child)] = child.exitcode
-    return codes
 
 
 def succeed(target: Callable[..., None], output: Path, processes: int = 1, **arguments: Any) -> Path:
