@@ -111,16 +111,17 @@ def train(settings: dict[str, Any], **changes: Any) -> Video2LoraTrainer:
 
 
 def _kill_writing(trainer: Any, step: int, method: str) -> None:
-    """kill -9 right after `method` wrote its part of the checkpoint of `step`."""
-    write = getattr(trainer, method)
+    """kill -9 right after `method` wrote its part of the checkpoint of `step`; before the mark, after all else."""
+    owner = sys.modules[Video2LoraTrainer.__module__] if method == "mark_complete" else trainer
+    write = getattr(owner, method)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
-        result = write(*args, **kwargs)
+        result = None if method == "mark_complete" else write(*args, **kwargs)
         if trainer.state.global_step == step and trainer.is_world_process_zero():
             _die()
-        return result
+        return write(*args, **kwargs) if method == "mark_complete" else result
 
-    setattr(trainer, method, dying)
+    setattr(owner, method, dying)
 
 
 def run_training(output: Path, settings: dict[str, Any]) -> None:

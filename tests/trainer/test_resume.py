@@ -26,7 +26,7 @@ from .runs import (
     weights,
 )
 
-WRITERS = ["_save", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_arguments"]
+WRITERS = ["_save", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_arguments", "mark_complete"]
 
 
 @pytest.fixture(scope="module")
