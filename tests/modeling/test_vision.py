@@ -67,6 +67,15 @@ def test_pixels_that_do_not_fit_the_prompt_are_refused(smolvlm, clips, make_proc
 
 
 @torch.no_grad()
+def test_frames_that_no_prompt_has_room_for_are_refused(smolvlm, clips, make_processor):
+    inputs = dict(make_processor(smolvlm)(videos=clips[:1]))
+    pixels = {k: v for k, v in inputs.items() if k.startswith("pixel_")}
+    padded = {k: torch.cat([v, torch.zeros_like(v[:, :2])], dim=1) for k, v in pixels.items()}
+    with pytest.raises(ValueError, match="do not fit 5 frames"):
+        embed_frames(smolvlm.vlm, inputs | padded)
+
+
+@torch.no_grad()
 def test_the_tower_gets_contiguous_input(smolvlm, clips, make_processor):
     layouts = []
     layer = smolvlm.vlm.base_model.vision_model.encoder.layers[0]

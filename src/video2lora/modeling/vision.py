@@ -57,8 +57,8 @@ def _real_frames(counts: list[int], frames: int) -> list[int]:
 
     Padding comes last, and the longest video has none.
     """
-    tokens_a_frame = max(counts) // frames
-    if not tokens_a_frame or any(count % tokens_a_frame for count in counts):
+    tokens_a_frame, left = divmod(max(counts), frames)
+    if left or not tokens_a_frame or any(count % tokens_a_frame for count in counts):
         raise ValueError(f"{counts} visual tokens in the prompts do not fit {frames} frames.")
     return [row * frames + place for row, count in enumerate(counts) for place in range(count // tokens_a_frame)]
 
