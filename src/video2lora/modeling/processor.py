@@ -151,7 +151,11 @@ class Video2LoraProcessor(ProcessorMixin):
         return load_video(video, num_frames=num_frames, fps=fps, start=start, end=end, longest_edge=longest_edge)
 
     def encode_video(
-        self, video: VideoFrames, prompt: str | None = None, add_generation_prompt: bool = False
+        self,
+        video: VideoFrames,
+        prompt: str | None = None,
+        add_generation_prompt: bool = False,
+        image_splitting: bool = False,
     ) -> dict[str, Tensor]:
         """Render the turn `[video] + prompt` of one video through the base's processor.
 
@@ -160,6 +164,9 @@ class Video2LoraProcessor(ProcessorMixin):
             prompt: text behind the video; the internalization prompt by default. With a question here and
                 `add_generation_prompt` it is the video in context, as the base answers by itself.
             add_generation_prompt: end with the template's generation prompt.
+            image_splitting: give the frames as pictures that the base's processor cuts into tiles where they are
+                large, so that detail costs tokens; by default frames are what the base makes of a video (one tile),
+                or unsplit pictures where it takes no video.
 
         Returns:
             `input_ids` and `attention_mask` `[1, tokens]`, and the pixels as the base wants them; join several with
@@ -170,7 +177,7 @@ class Video2LoraProcessor(ProcessorMixin):
         times = [max(t - video.start, 0.0) if relative else t for t in video.timestamps]
         duration = video.end - video.start if relative or video.duration is None else video.duration
         text = self.internalization_prompt if prompt is None else prompt
-        if getattr(self.vlm_processor, "video_processor", None) is not None:
+        if getattr(self.vlm_processor, "video_processor", None) is not None and not image_splitting:
             content = [{"type": "video", "video": torch.from_numpy(video.frames).permute(0, 3, 1, 2)}]
             content.append({"type": "text", "text": text})
             arguments: dict[str, Any] = {"video_metadata": [_metadata(times, duration)], "do_sample_frames": False}
@@ -180,7 +187,7 @@ class Video2LoraProcessor(ProcessorMixin):
                 stamp = f"\nFrame from {int(time // 60):02d}:{int(time % 60):02d}:"
                 content += [{"type": "text", "text": stamp}, {"type": "image", "image": frame}]
             content.append({"type": "text", "text": "\n\n" + text})
-            arguments = {"do_image_splitting": False}
+            arguments = {"do_image_splitting": image_splitting}
         messages: list[Any] = [{"role": "user", "content": content}]
         features: Any = self.vlm_processor.apply_chat_template(
             messages,
