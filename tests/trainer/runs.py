@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.models.smolvlm import modeling_smolvlm, processing_smolvlm  # noqa: F401 - loaded before forking
 
@@ -36,6 +38,26 @@ ARGUMENTS: dict[str, Any] = {
 }
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant"}
 """Linear in the gradients: AdamW turns the rounding of a gradient near 0 into a whole step."""
+
+
+class DrawnSquares(Dataset):
+    """Rows in memory alone: a square that moves through 8 frames, drawn when its row is asked for."""
+
+    def __init__(self, length: int = 8, hole: int | None = None) -> None:
+        self.length, self.hole = length, hole
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng(index)
+        frames = np.full((8, 32, 32, 3), random.integers(0, 60), dtype=np.uint8)
+        top, step = random.integers(0, 8), random.integers(1, 3)
+        for time, frame in enumerate(frames):
+            frame[top : top + 10, step * time : step * time + 10] = random.integers(100, 255, 3)
+        video = frames[:0] if index == self.hole else frames
+        queries = [{"prompt": f"row {i}?", "response": f"{step} " * (i + 1)} for i in range(1 + index % 3)]
+        return {"id": f"drawn-{index}", "video": video, "start": None, "end": None, "queries": queries}
 
 
 def make_model(base: str | Path, seed: int = 0, **overrides: Any) -> Video2LoraModel:

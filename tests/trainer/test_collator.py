@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, Value, Video
 from torch.utils.data import DataLoader
 
-from video2lora.data import load_rows
+from video2lora.data import DatasetError, load_rows
 from video2lora.modeling import Video2LoraProcessor
 from video2lora.modeling.configuration import Video2LoraConfig
 from video2lora.trainer import Video2LoraCollator
@@ -153,6 +155,66 @@ def test_at_most_so_many_queries_in_their_order(processor, clips):
         assert batch["queries_per_video"] == [4] and numbers == sorted(set(numbers))
         chosen += numbers
     assert set(chosen) == set(range(6))
+
+
+def test_the_number_of_frames_is_drawn_log_uniformly(processor, rows):
+    """Anew every epoch, for each row, and within the bounds; validation takes the processor's own."""
+    parsed = list(load_rows(rows))
+    collate = Video2LoraCollator(processor, 3, num_frames_range=(1, 7))
+    draws = [collate._num_frames(random.Random(seed)) for seed in range(4000)]
+    shares = [draws.count(n) / len(draws) for n in range(1, 8)]
+    assert sum(shares) == 1
+    assert shares == pytest.approx([math.log((n + 1) / n) / math.log(8) for n in range(1, 8)], abs=0.025)
+
+    def frames(collate: Video2LoraCollator, epoch: int, rows: list) -> list[int]:
+        """How many frames are not padding."""
+        collate.set_epoch(epoch)
+        pixels = collate(rows)["video_inputs"]["pixel_values"]
+        return [int(video.flatten(1).abs().amax(1).gt(0).sum()) for video in pixels]
+
+    epochs = [frames(collate, epoch, parsed) for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] and set().union(*epochs) <= set(range(1, 8))
+    alone = [frames(Video2LoraCollator(processor, 3, num_frames_range=(1, 7)), 1, [row])[0] for row in parsed]
+    assert alone == epochs[1]
+    assert frames(Video2LoraCollator(processor, 3, num_frames_range=(5, 5)), 0, parsed) == [5] * 8
+    validation = Video2LoraCollator(processor, 3, training=False, num_frames_range=(5, 5))
+    assert frames(validation, 0, parsed) == [2] * 8
+
+
+def test_each_segment_has_the_frames_drawn(processor, rows):
+    collate = Video2LoraCollator(processor, 3, composition_probability=1.0, num_frames_range=(3, 3))
+    batch = collate(list(load_rows(rows[:2])))
+    assert batch["segments_per_adapter"] == [2, 2] and batch["video_inputs"]["pixel_values"].shape[:2] == (4, 3)
+
+
+def test_drawing_frames_leaves_the_other_draws_alone(processor, rows):
+    parsed, settings = list(load_rows(rows)), {"composition_probability": 0.5, "max_queries_per_video": 1}
+    one, other = (Video2LoraCollator(processor, 5, **settings, **more) for more in ({}, {"num_frames_range": (1, 4)}))
+    for name in ("query_ids", "segments_per_adapter"):
+        assert one(parsed)[name] == other(parsed)[name]
+
+
+class Refusing(Video2LoraProcessor):
+    def encode_video(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.error("odd")  # made here: an exception that lives on keeps the frames it went through, and decoders
+
+
+@pytest.mark.parametrize(("error", "kind"), [(IndexError, RuntimeError), (ValueError, ValueError)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_video_error_names_the_row(error, kind, workers, processor, rows):
+    refusing = Refusing(processor.vlm_processor, num_frames=2)
+    refusing.error = error
+    (row,) = load_rows(rows[:1])
+    loader = DataLoader([row], collate_fn=Video2LoraCollator(refusing), num_workers=workers)
+    with pytest.raises(kind, match=rf"row 'row-0' \(video {row['video']}\): {error.__name__}: odd") as caught:
+        next(iter(loader))
+    assert workers or type(caught.value.__cause__) is error
+
+
+@pytest.mark.parametrize("row", [{"video": "x.mp4", "prompt": "p", "response": "r"}, ["x.mp4"]])
+def test_what_is_no_row_is_refused(row, processor):
+    with pytest.raises(DatasetError, match="expected a row with id, video, queries.*load_rows"):
+        Video2LoraCollator(processor)([row])
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -304,8 +304,10 @@ def test_an_ordinary_run_says_nothing_of_ours_and_keeps_the_configuration(
 def test_arguments_can_be_parsed_from_a_command_line():
     parser: Any = HfArgumentParser(Video2LoraTrainingArguments)  # type: ignore[arg-type]
     command = "--output_dir x --use_cpu --lr_scheduler_type linear --kl_weight 0.5 --teacher online --max_segments 3"
+    command += " --num_frames_range 4 32"
     (args,) = parser.parse_args_into_dataclasses(command.split())
     assert (args.lr_scheduler_type.value, args.kl_weight, args.max_segments) == ("linear", 0.5, 3)
+    assert args.num_frames_range == [4, 32]
     assert args.max_queries_per_video is None and args.learning_rate == 1e-4
 
 
@@ -322,6 +324,10 @@ def test_arguments_can_be_parsed_from_a_command_line():
         ({"max_segments": 1}, "at least 2"),
         ({"max_bad_fraction": -0.1}, "-0.1"),
         ({"max_queries_per_video": 0}, "at least 1"),
+        ({"num_frames_range": [8, 4]}, r"1 <= least <= most, got \[8, 4\]"),
+        ({"num_frames_range": [4]}, "two integers"),
+        ({"num_frames_range": (0, 4)}, "least"),
+        ({"num_frames_range": [1.5, 4]}, "integers"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
     ],
 )

@@ -34,6 +34,9 @@ class Video2LoraTrainingArguments(TrainingArguments):
             composed into one adapter, so that composing is trained.
         max_segments: most segments such a video is cut into (at least 2).
         max_queries_per_video: queries used of a video in one step, drawn anew every epoch; all by default.
+        num_frames_range: least and most frames taken of a video (of each segment, where it is cut), drawn anew every
+            epoch, log-uniformly, so that adapters are trained for other lengths than one; the model's `num_frames` by
+            default, and always in evaluation.
         max_bad_fraction: share of videos that may be unreadable before the run stops.
         num_eval_samples: answers generated at every evaluation, written as a table; 0 for none.
         eval_max_new_tokens: tokens of such an answer at most.
@@ -53,6 +56,7 @@ class Video2LoraTrainingArguments(TrainingArguments):
     composition_probability: float = field(default=0.0)
     max_segments: int = field(default=2)
     max_queries_per_video: int | None = field(default=None)
+    num_frames_range: list[int] | None = field(default=None)
     max_bad_fraction: float = field(default=0.05)
     num_eval_samples: int = field(default=4)
     eval_max_new_tokens: int = field(default=64)
@@ -82,7 +86,16 @@ class Video2LoraTrainingArguments(TrainingArguments):
             raise ValueError(f"max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}.")
         if self.max_queries_per_video is not None and self.max_queries_per_video < 1:
             raise ValueError(f"max_queries_per_video must be at least 1 or None, got {self.max_queries_per_video}.")
+        if self.num_frames_range is not None:
+            self.num_frames_range = _frames_range(self.num_frames_range)
         config: Any = self.accelerator_config
         if config.dispatch_batches:
             raise ValueError("dispatch_batches must not be set: batches hold what one process cannot send to others.")
         config.dispatch_batches = False  # of a stream too: every process reads its own rows
+
+
+def _frames_range(given: Any) -> list[int]:
+    if isinstance(given, (list, tuple)) and len(given) == 2 and all(type(number) is int for number in given):
+        if 1 <= given[0] <= given[1]:
+            return list(given)
+    raise ValueError(f"num_frames_range must be two integers, 1 <= least <= most, got {given!r}.")

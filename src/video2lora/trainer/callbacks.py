@@ -125,8 +125,12 @@ class SamplesCallback(TrainerCallback):
 
     def _first_rows(self, name: str, count: int) -> list[Any]:
         if name not in self._rows:
-            dataset: Any = self.trainer.eval_dataset
-            self._rows[name] = [row for row in islice(iter(dataset[name] if name else dataset), count)]
+            datasets: Any = self.trainer.eval_dataset
+            dataset = datasets[name] if name else datasets
+            if hasattr(dataset, "__len__"):  # of torch's map-style datasets not all can be iterated over
+                self._rows[name] = [dataset[i] for i in range(min(count, len(dataset)))]
+            else:
+                self._rows[name] = list(islice(iter(dataset), count))
         return self._rows[name]
 
     def _report(self, args: Any, state: TrainerState, control: TrainerControl, name: str, text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.errors import DatasetError
 from ..modeling.processor import Video2LoraProcessor
 from ..video import VideoError, VideoReader
 
@@ -22,15 +25,16 @@ class Video2LoraCollator:
 
     Decoding happens here, so in the workers of the data loader. A video that cannot be read is left out, with its
     error in `skipped`; a batch with nothing left is one dummy video of weight zero, so that every process takes part
-    in every collective. What is random (segments, choice of queries) follows from seed, epoch and row id alone: a
-    resumed run draws what it would have drawn.
+    in every collective. What is random (segments, choice of queries, number of frames) follows from seed, epoch and
+    row id alone: a resumed run draws what it would have drawn.
 
     Args:
         processor: the model's processor.
         seed: of the random choices.
-        composition_probability, max_segments, max_queries_per_video: as in [`Video2LoraTrainingArguments`].
+        composition_probability, max_segments, max_queries_per_video, num_frames_range: as in
+            [`Video2LoraTrainingArguments`].
         online_teacher: also prepare the turns with the video in their context (`teacher_inputs`).
-        training: whether to draw segments and queries; validation takes all queries and whole videos.
+        training: whether to draw; validation takes all queries, whole videos and the processor's number of frames.
     """
 
     def __init__(
@@ -42,12 +46,14 @@ class Video2LoraCollator:
         max_queries_per_video: int | None = None,
         online_teacher: bool = False,
         training: bool = True,
+        num_frames_range: Sequence[int] | None = None,
     ) -> None:
         self.processor = processor
         self.seed = seed
         self.composition_probability = composition_probability if training else 0.0
         self.max_segments = max_segments
         self.max_queries_per_video = max_queries_per_video if training else None
+        self.num_frames_range = num_frames_range if training else None
         self.online_teacher = online_teacher
         # shared with the workers, which hold copies of this collator
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -60,7 +66,8 @@ class Video2LoraCollator:
         """Make a batch.
 
         Args:
-            rows: as [`load_rows`] gives them: `id`, `video`, `start`, `end`, `queries`.
+            rows: as [`load_rows`] gives them: `id`, `video`, `start`, `end`, `queries`; `video` may also be frames in
+                memory.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` `[queries, tokens]`; `video_inputs`; `queries_per_video` and
@@ -69,38 +76,53 @@ class Video2LoraCollator:
             number) of each query; and `teacher_inputs` where asked for.
 
         Raises:
-            ValueError: a query without a response.
+            DatasetError: no row of that form, or a query without a response.
+            ValueError, RuntimeError: whatever else goes wrong with a video (its base's processor may refuse it), with
+                the row's id and video in the message and the error as its cause.
         """
         samples, skipped, kept = [], [], []
         for place, row in enumerate(rows):
+            draw = self._random(_check_row(row)["id"])
+            queries = self._choose(row, draw)
             try:
-                samples.append(self._sample(row))
+                samples.append(self._sample(row, queries, draw))
                 kept.append(place)
             except VideoError as error:
                 skipped.append(f"{row['id']}: {error}")
+            except Exception as error:
+                kind = ValueError if isinstance(error, ValueError) else RuntimeError
+                raise kind(f"{_describe(row)}: {type(error).__name__}: {error}") from error
         weight = 1.0 if samples else 0.0
         batch = self._join(samples or [self._dummy()])
         batch["query_weights"] = torch.full((len(batch["input_ids"]),), weight)
         return batch | {"num_videos": len(rows), "kept": kept or [0], "skipped": skipped}
 
-    def _sample(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """One row: its segments' inputs and its turns' tokens."""
-        draw = self._random(row["id"])
-        queries = self._choose(list(enumerate(row["queries"])), draw)
+    def _choose(self, row: Mapping[str, Any], draw: random.Random) -> list[tuple[int, Mapping[str, str]]]:
+        """The queries of this epoch with their numbers, in their order."""
+        queries, limit = list(enumerate(row["queries"])), self.max_queries_per_video
+        if limit is not None and len(queries) > limit:
+            queries = [queries[i] for i in sorted(draw.sample(range(len(queries)), limit))]
         if not queries:
-            raise ValueError(f"row {row['id']!r} has no queries: run check_rows on the dataset.")
+            raise DatasetError(f"row {row['id']!r} has no queries: run check_rows on the dataset.")
         missing = [number for number, query in queries if query["response"] is None]
         if missing:
-            raise ValueError(
+            raise DatasetError(
                 f"row {row['id']!r} has no response to query {missing[0]}: let a teacher fill it (`video2lora teach`)."
             )
+        return queries
+
+    def _sample(
+        self, row: Mapping[str, Any], queries: Sequence[tuple[int, Mapping[str, str]]], draw: random.Random
+    ) -> dict[str, Any]:
+        """One row: its segments' inputs and its turns' tokens."""
         count = 1
         if draw.random() < self.composition_probability:
             count = draw.randint(2, self.max_segments)
+        num_frames = self._num_frames(draw)
         with VideoReader(row["video"], longest_edge=self.processor.longest_edge) as reader:
             span = {"start": row.get("start"), "end": row.get("end")}
-            whole = reader.sample(num_frames=self.processor.num_frames, **span)
-            segments = [whole] if count == 1 else self._segments(reader, whole, count)
+            whole = reader.sample(num_frames=num_frames, **span)
+            segments = [whole] if count == 1 else self._segments(reader, whole, count, num_frames)
         turns = [self.processor.encode_turn(query["prompt"], query["response"]) for _, query in queries]
         sample: dict[str, Any] = {
             "segments": [self.processor.encode_video(segment) for segment in segments],
@@ -111,21 +133,21 @@ class Video2LoraCollator:
             sample["teacher"] = [self._teacher_turn(whole, query["prompt"], query["response"]) for _, query in queries]
         return sample
 
-    def _choose(self, queries: list[Any], draw: random.Random) -> list[Any]:
-        """The queries of this epoch, in their order."""
-        limit = self.max_queries_per_video
-        if limit is None or len(queries) <= limit:
-            return queries
-        return [queries[i] for i in sorted(draw.sample(range(len(queries)), limit))]
+    def _num_frames(self, draw: random.Random) -> int:
+        """Frames of this video, or of each of its segments: log-uniform, so that every doubling is as likely."""
+        if self.num_frames_range is None:
+            return self.processor.num_frames
+        least, most = self.num_frames_range
+        return min(int(math.exp(draw.uniform(math.log(least), math.log(most + 1)))), most)
 
-    def _segments(self, reader: VideoReader, whole: VideoFrames, count: int) -> list[VideoFrames]:
+    def _segments(self, reader: VideoReader, whole: VideoFrames, count: int, num_frames: int) -> list[VideoFrames]:
         """Equal consecutive parts of a span; fewer where the video has not that many frames."""
         times = reader.times
         frames = int(((times >= whole.start) & (times < whole.end)).sum())
         count = max(1, min(count, frames))
         edges = torch.linspace(whole.start, whole.end, count + 1, dtype=torch.float64).tolist()
         spans = zip(edges, edges[1:], strict=False)
-        return [reader.sample(num_frames=self.processor.num_frames, start=a, end=b) for a, b in spans]
+        return [reader.sample(num_frames=num_frames, start=a, end=b) for a, b in spans]
 
     def _teacher_turn(self, frames: VideoFrames, prompt: str, response: str) -> dict[str, Tensor]:
         """The turn with the video in its context."""
@@ -154,3 +176,21 @@ class Video2LoraCollator:
     def _random(self, row_id: str) -> random.Random:
         key = f"{self.seed}\x1f{int(self._epoch)}\x1f{row_id}".encode()
         return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+
+
+def _check_row(row: Any) -> Mapping[str, Any]:
+    """Refuse what a dataset of one's own may give instead of a row."""
+    if not isinstance(row, Mapping) or not {"id", "video", "queries"} <= set(row):
+        given = f"the keys {sorted(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
+        raise DatasetError(
+            f"expected a row with id, video, queries (and start, end where it is a span), got {given}: load_rows "
+            "makes such rows of every other form."
+        )
+    return row
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+    """A row's id, and its video if that has a name."""
+    video = row["video"]
+    name = video.get("path") if isinstance(video, Mapping) else video
+    return f"row {row['id']!r}" + (f" (video {name})" if isinstance(name, (str, os.PathLike)) else "")

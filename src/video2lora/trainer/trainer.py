@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
@@ -48,7 +50,9 @@ class Video2LoraTrainer(Trainer):
         model: the model.
         args: [`Video2LoraTrainingArguments`].
         train_dataset, eval_dataset: whatever [`load_rows`] takes (a JSONL path, rows, a `datasets` object, streaming
-            too), or what it returned.
+            too), or what it returned; or a `torch.utils.data.Dataset` with a length whose items are rows of that form
+            (`id`, `video`, `queries`, and `start`, `end` of a span), for videos that are drawn or read by own code:
+            `video` may be frames in memory, and items are asked for in the data loader's workers.
         processing_class: the model's processor; that of its base with the model's settings by default.
         kwargs: what transformers' Trainer takes.
     """
@@ -74,6 +78,7 @@ class Video2LoraTrainer(Trainer):
             composition_probability=args.composition_probability,
             max_segments=args.max_segments,
             max_queries_per_video=args.max_queries_per_video,
+            num_frames_range=args.num_frames_range,
             **options,
         )
         self.eval_collator = Video2LoraCollator(self.processor, training=False, **options)
@@ -394,5 +399,7 @@ def _as_rows(dataset: Any) -> Any:
     if dataset is None:
         return None
     if isinstance(dataset, dict) and not {"video", "video_path"} & set(dataset):
-        return {name: load_rows(part) for name, part in dataset.items()}
+        return {name: _as_rows(part) for name, part in dataset.items()}
+    if isinstance(dataset, TorchDataset) and not isinstance(dataset, TorchIterableDataset):
+        return dataset
     return load_rows(dataset)
