@@ -24,6 +24,7 @@ from .directories import check_target, new_directory
 from .errors import AdapterError, AdapterKeyError
 from .layouts import BaseDescription, Layout, check_base, peft_config, to_state_dict
 from .provenance import AdapterProvenance, Segment, Truncation, is_local, public_name, same_repository
+from .rank_space import check_weights
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -236,30 +237,98 @@ class VideoAdapter:
         provenance = self.provenance
         return peft_config(self.targets, base, layout, self.rank, provenance.base_model, provenance.base_revision)
 
-    def truncate(self, rank: int) -> tuple[VideoAdapter, float]:
-        """Reduce the rank as well as possible, by QR and SVD of the factors.
+    def truncate(
+        self, rank: int, *, keep_segments: bool = False, weights: Sequence[float] | None = None
+    ) -> tuple[VideoAdapter, float]:
+        """Reduce the rank, by QR and SVD of the factors.
 
-        The static part is mixed into the ranks by it, so the result cannot be composed any more: compose first. At
-        the adapter's own rank nothing changes.
+        By default as well as possible for the adapter as a whole: the static part and the segments are mixed into the
+        ranks by it, so the result cannot be composed, nor a segment picked, any more: do that first. With
+        `keep_segments` every segment is reduced by itself and the static part stays: what segments get of `rank` is
+        shared by what they have to say (their largest singular values, over all layers), or by that and `weights`.
+        At the adapter's own rank nothing changes.
+
+        Args:
+            rank: stored rank to reduce to, the static part's included.
+            keep_segments: keep segments and static part apart.
+            weights: with `keep_segments`, how much each segment matters; 1 by default.
 
         Returns:
             The adapter, and the relative error in the Frobenius norm over all its modules.
 
         Raises:
-            AdapterError: `rank` is not between 1 and the adapter's rank.
+            AdapterError: `rank` is not in 1..the adapter's rank; or, with `keep_segments`, leaves no rank for a
+                segment, an earlier truncation has mixed them, or the weights are not a positive number for each.
         """
         if not 1 <= rank <= self.rank:
             raise AdapterError(f"rank must lie in 1..{self.rank}, the adapter's own rank; got {rank}.")
+        if weights is not None and not keep_segments:
+            raise AdapterError("weights say how segments share the rank: pass keep_segments=True with them.")
         if rank == self.rank:
             return self, 0.0
-        weights, error = rank_space.truncate(self.weights, rank)
-        record = Truncation(self.rank, rank, error, static_part_folded=self.static_rank > 0)
-        provenance = replace(
-            self.provenance,
-            segments=tuple(replace(segment, ranks=None) for segment in self.segments),
-            truncations=(*self.provenance.truncations, record),
-        )
-        return VideoAdapter(weights, self.targets, self.base, provenance), error
+        segments = self.segments
+        if keep_segments:
+            spans = self._segment_ranks()
+            factors = check_weights(weights, len(spans))
+            least = len(spans) + self.static_rank
+            if rank < least:
+                raise AdapterError(
+                    f"rank {rank} leaves no rank for a segment: {len(spans)} segments and the static part's "
+                    f"{self.static_rank} need at least {least}."
+                )
+            reduced, kept, error = rank_space.truncate_segments(self.weights, spans, rank, factors)
+            segments = tuple(replace(s, ranks=span) for s, span in zip(segments, kept, strict=True))
+        else:
+            reduced, error = rank_space.truncate(self.weights, rank)
+            segments = tuple(replace(segment, ranks=None) for segment in segments)
+        folded = self.static_rank > 0 and not keep_segments
+        record = Truncation(self.rank, rank, error, static_part_folded=folded)
+        truncations = (*self.provenance.truncations, record)
+        provenance = replace(self.provenance, segments=segments, truncations=truncations)
+        return VideoAdapter(reduced, self.targets, self.base, provenance), error
+
+    def select(
+        self, start: float | None = None, end: float | None = None, *, source: str | None = None
+    ) -> VideoAdapter:
+        """The adapter of those segments alone that lie, at least partly, in a time range.
+
+        It equals the adapter that composing just these segments would have given: the static part stays.
+
+        Args:
+            start, end: seconds of the file's time; `end` is exclusive, None is open.
+            source: name of the video, where several were composed.
+
+        Raises:
+            AdapterError: no segment lies there, the segments' times are not known, the range is empty, or a
+                truncation has mixed the segments (`truncate(keep_segments=True)` does not).
+        """
+        if start is not None and end is not None and end <= start:
+            raise AdapterError(f"end={end:g} s is not after start={start:g} s.")
+        spans = self._segment_ranks()
+        if (start is not None or end is not None) and any(s.start is None or s.end is None for s in self.segments):
+            raise AdapterError("the adapter does not say which seconds its segments are of.")
+        chosen = [i for i, segment in enumerate(self.segments) if _overlaps(segment, start, end, source)]
+        if not chosen:
+            known = ", ".join(_described(segment) for segment in self.segments)
+            raise AdapterError(f"no segment lies in {start}..{end} s of {source or 'the video'}; there are: {known}.")
+        ranks = [rank for i in chosen for rank in range(*spans[i])]
+        segments, first = [], 0
+        for i in chosen:
+            length = spans[i][1] - spans[i][0]
+            segments.append(replace(self.segments[i], ranks=(first, first + length)))
+            first += length
+        provenance = replace(self.provenance, segments=tuple(segments))
+        return VideoAdapter(rank_space.keep_ranks(self.weights, ranks), self.targets, self.base, provenance)
+
+    def _segment_ranks(self) -> list[tuple[int, int]]:
+        """The generated ranks of each segment; refused once they are mixed."""
+        spans = [segment.ranks for segment in self.segments if segment.ranks is not None]
+        if len(spans) < len(self.segments):
+            raise AdapterError(
+                "this adapter was truncated as a whole, so its segments cannot be told apart any more: pick them "
+                "before, or truncate with keep_segments=True."
+            )
+        return spans
 
     def delta_weight(self, module: str, layer: int) -> Tensor:
         """The change of one weight, `[d_out, d_in]`.
@@ -331,6 +400,20 @@ class VideoAdapter:
 def _name_of(vlm: nn.Module) -> str | None:
     """Hub id or directory that a model was loaded from, where transformers knows it."""
     return getattr(getattr(vlm, "config", None), "_name_or_path", None) or None
+
+
+def _overlaps(segment: Segment, start: float | None, end: float | None, source: str | None) -> bool:
+    if source is not None and segment.source != source:
+        return False
+    early = end is not None and segment.start is not None and segment.start >= end
+    # a segment of no length (one frame) lies where it starts
+    late = start is not None and segment.end is not None and segment.end <= start and segment.start != start
+    return not early and not late
+
+
+def _described(segment: Segment) -> str:
+    span = "" if segment.start is None or segment.end is None else f" {segment.start:g}..{segment.end:g} s"
+    return f"{segment.source or 'unnamed video'}{span}"
 
 
 def _check_shapes(weights: LoraWeights, targets: LoraTargets) -> None:

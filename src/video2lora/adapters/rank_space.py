@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..modeling.lora import LoraWeights
+from .errors import AdapterError
 
 
 def concatenate_generated(parts: Sequence[LoraWeights], factors: Sequence[float]) -> LoraWeights:
@@ -61,3 +63,86 @@ def truncate(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float]:
         lora_B[name] = pad(new_b, (0, 0, 0, missing)).to(a.dtype)
     error = (lost / total) ** 0.5 if total else 0.0
     return LoraWeights(lora_A, lora_B, 1.0, (rank,), 0), error
+
+
+def keep_ranks(weights: LoraWeights, ranks: Sequence[int]) -> LoraWeights:
+    """The chosen generated ranks, in the order given, and the static part behind them; for a batch of one."""
+    static = list(range(weights.ranks[0] - weights.static_rank, weights.ranks[0]))
+    index = torch.tensor([*ranks, *static], dtype=torch.long, device=weights.device)
+    lora_A = {name: tensor.index_select(2, index) for name, tensor in weights.lora_A.items()}
+    lora_B = {name: tensor.index_select(2, index) for name, tensor in weights.lora_B.items()}
+    return LoraWeights(lora_A, lora_B, weights.scaling, (len(index),), weights.static_rank)
+
+
+def check_weights(weights: Sequence[float] | None, segments: int) -> list[float]:
+    """Weights of segments as positive numbers; 1 each by default."""
+    if weights is None:
+        return [1.0] * segments
+    if len(weights) != segments or not all(math.isfinite(w) and w > 0 for w in weights):
+        raise AdapterError(f"expected {segments} positive weights, one a segment; got {list(weights)}.")
+    return [float(weight) for weight in weights]
+
+
+def truncate_segments(
+    weights: LoraWeights, spans: Sequence[tuple[int, int]], rank: int, factors: Sequence[float]
+) -> tuple[LoraWeights, list[tuple[int, int]], float]:
+    """Reduce every segment by itself to its share of `rank`; the static part stays as it is, for a batch of one.
+
+    A segment keeps its first k singular directions in every layer. The shares are those that keep most of
+    `sum_segments factor^2 sum_layers sum_k s_k^2`, with at least one rank a segment; since s_k falls, taking
+    the largest gain again and again finds them.
+
+    Returns:
+        The weights, the ranks of each segment in them, and the relative error of the whole change (Frobenius).
+    """
+    parts = [keep_ranks(weights, range(*span)) for span in spans]
+    parts = [_without_static(part) for part in parts]
+    gains = []
+    for part, factor in zip(parts, factors, strict=True):
+        values = [torch.linalg.svdvals(_core(part, name)) for name in part.lora_A]
+        squares = [pad(v.square().sum(dim=(0, 1)), (0, part.ranks[0] - v.shape[-1])) for v in values]
+        gains.append((factor**2 * torch.stack(squares).sum(0)).tolist())
+    shares = _share(gains, rank - weights.static_rank)
+    cut = [truncate(part, share)[0] for part, share in zip(parts, shares, strict=True)]
+    static = keep_ranks(weights, [])
+    lora_A = {n: torch.cat([p.lora_A[n] for p in cut] + [static.lora_A[n]], dim=2) for n in weights.lora_A}
+    lora_B = {n: torch.cat([p.lora_B[n] for p in cut] + [static.lora_B[n]], dim=2) for n in weights.lora_B}
+    reduced = LoraWeights(lora_A, lora_B, weights.scaling, (sum(shares) + weights.static_rank,), weights.static_rank)
+    ends = torch.tensor([0, *shares]).cumsum(0).tolist()
+    return reduced, list(zip(ends, ends[1:], strict=False)), _relative_error(weights, reduced)
+
+
+def _share(gains: Sequence[Sequence[float]], rank: int) -> list[int]:
+    """How many of each segment's ranks to keep: one, then wherever the next gains most."""
+    shares = [1] * len(gains)
+    for _ in range(rank - len(gains)):
+        open_ = [i for i, gain in enumerate(gains) if shares[i] < len(gain)]
+        shares[max(open_, key=lambda i: gains[i][shares[i]])] += 1
+    return shares
+
+
+def _core(weights: LoraWeights, name: str) -> Tensor:
+    """A small matrix with the singular values of each layer's change."""
+    r_b = torch.linalg.qr(weights.lora_B[name].double().mT).R
+    r_a = torch.linalg.qr(weights.lora_A[name].double().mT).R
+    return r_b @ r_a.mT
+
+
+def _without_static(weights: LoraWeights) -> LoraWeights:
+    rank = weights.ranks[0] - weights.static_rank
+    lora_A = {name: tensor[:, :, :rank] for name, tensor in weights.lora_A.items()}
+    lora_B = {name: tensor[:, :, :rank] for name, tensor in weights.lora_B.items()}
+    return LoraWeights(lora_A, lora_B, weights.scaling, (rank,), 0)
+
+
+def _relative_error(old: LoraWeights, new: LoraWeights) -> float:
+    """Frobenius norm of the difference of two changes over that of the first, without forming either."""
+    lost = total = 0.0
+    for name in old.lora_A:
+        a, b = old.lora_A[name].double(), old.lora_B[name].double()
+        difference_a = torch.cat([a, new.lora_A[name].double()], dim=2)
+        difference_b = torch.cat([b, -new.lora_B[name].double()], dim=2)
+        # |B^T A|^2 = sum of (B B^T) * (A A^T)
+        lost += ((difference_b @ difference_b.mT) * (difference_a @ difference_a.mT)).sum().item()
+        total += ((b @ b.mT) * (a @ a.mT)).sum().item()
+    return (max(lost, 0.0) / total) ** 0.5 if total else 0.0
