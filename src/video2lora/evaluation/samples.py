@@ -57,6 +57,7 @@ class Answer:
         prepare_seconds: what was done once for the video (adapter, prefix, caption, training); the same number on all
             its questions, an equal share of the batch it was done in.
         answer_seconds: what was done for the question, an equal share of the batch it was answered in.
+        extra: what else the condition has to tell: the caption it answered from, its training losses.
     """
 
     text: str
@@ -67,3 +68,4 @@ class Answer:
     num_frames: int
     prepare_seconds: float = 0.0
     answer_seconds: float = 0.0
+    extra: str | None = None
