@@ -1,4 +1,4 @@
-"""Evaluation: the paper's printed results (tables 1a, 1b, 4a, 4b of arXiv 2606.04351), and whether its verdicts follow.
+"""Evaluation: the paper's printed results (arXiv 2606.04351, tables 1a, 1b, 4a, 4b), and whether its verdicts follow.
 
 The numbers are the paper's, the check is ours: the rule of `statistics.interval_verdicts` on each printed interval. It
 needs no model, no data and no optional library.
@@ -162,11 +162,12 @@ def large_losses(least: float = LARGE_LOSS, results: Iterable[PrintedResult] = P
 
 
 def how_averaged(table: str, size: str) -> str:
-    """How the numbers of an average row come about, from the rows above it.
+    """What the numbers of an average row agree with, to the printed digits, of the rows above it.
 
     Returns:
-        "benchmarks": mean of the rows, its interval's bounds the means of theirs, which is no interval of the average.
-        "questions": mean of the rows weighted by their questions; the interval is not made of their bounds.
+        "benchmarks": the means of the rows, bounds of the interval included (an interval of the average of independent
+            benchmarks would be shorter).
+        "questions": the means of the rows weighted by their questions, the interval's bounds not included.
         "unknown": neither.
     """
     *rows, average = (result for result in PRINTED_RESULTS if (result.table, result.size) == (table, size))
@@ -190,13 +191,14 @@ def how_averaged(table: str, size: str) -> str:
 def paper_verdicts_markdown() -> str:
     """A Markdown section: each printed interval with our verdict beside the paper's, and what a verdict hides."""
     differing = differing_verdicts()
+    total = 2 * len(PRINTED_RESULTS)
     lines = [
         "## The paper's verdicts, checked",
         "",
         "Equivalent: the printed 95 % interval of adapter - video in context lies inside the margin (each one-sided "
         "test at alpha 0.025). Non-inferior: it lies above minus the margin. Margins: "
         f"{MARGINS['judge']:g} for the judge (0-1), {MARGINS['token_f1']:g} for token-F1. "
-        f"Of {2 * len(PRINTED_RESULTS)} printed verdicts {2 * len(PRINTED_RESULTS) - len(differing)} follow from this.",
+        f"Of {total} printed verdicts {total - len(differing)} follow from this.",
         "",
         *([f"- does not follow: {text}" for text in differing] or ["No printed verdict differs from the rule."]),
     ]
@@ -270,16 +272,16 @@ def _remarks() -> list[str]:
 def _average_remark(table: str, size: str) -> str:
     *rows, average = (result for result in PRINTED_RESULTS if (result.table, result.size) == (table, size))
     how = {
-        "benchmarks": "the mean of its benchmarks, and its interval the mean of their bounds, which is no confidence "
-        "interval of the average",
-        "questions": "weighted by questions; the plain mean of its benchmarks has an effect of "
-        f"{sum(row.effect for row in rows) / len(rows):+.3f} instead of {average.effect:+.3f}",
-        "unknown": "not to be had from its rows",
+        "benchmarks": "agrees with the mean of its benchmarks, and its interval with the mean of their bounds: too "
+        "wide for an average of independent benchmarks",
+        "questions": "agrees with a mean weighted by questions; the plain mean of the effects is "
+        f"{sum(row.effect for row in rows) / len(rows):+.3f}, not {average.effect:+.3f}",
+        "unknown": "agrees with no mean of its rows",
     }[how_averaged(table, size)]
     failing = sum(not row.verdicts.equivalent for row in rows)
     text = f"Average of {table}, {size} ({average.retention:.1%} kept): {how}."
     if average.verdicts.equivalent and failing:
-        text += f" It is equivalent though {failing} of its {len(rows)} benchmarks are not."
+        text += f" It passes as equivalent; of its {len(rows)} benchmarks {failing} do not."
     return text
 
 

@@ -31,7 +31,7 @@ __all__ = [
 
 FEW_UNITS = 20  # below, BCa intervals are noticeably too short
 CLEAR_OF_ZERO = 4.0  # standard errors a baseline's mean has to be above 0 for a ratio to it to mean anything
-MAX_PAIRS = 10**9
+MAX_PAIRS = 10**8
 
 
 class Verdicts(NamedTuple):
