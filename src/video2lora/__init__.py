@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a source tree on the path
 
 _EXPORTS = {
     "VideoAdapter": "adapters",
+    "VideoAdapterStore": "adapters",
     "compose_adapters": "adapters",
     "LoraWeights": "modeling",
     "Video2LoraConfig": "modeling",

@@ -15,6 +15,7 @@ from .errors import (
 )
 from .layouts import extract_text_model
 from .provenance import AdapterProvenance, Segment, Truncation
+from .store import VideoAdapterStore
 
 __all__ = [
     "AdapterError",
@@ -30,6 +31,7 @@ __all__ = [
     "Segment",
     "Truncation",
     "VideoAdapter",
+    "VideoAdapterStore",
     "compose_adapters",
     "extract_text_model",
 ]

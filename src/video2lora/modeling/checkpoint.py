@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from hashlib import sha256
@@ -52,7 +53,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["hypernetwork"]
     checkpoint_commit: str | None = None
     """Commit of the Hub repository the hypernetwork was loaded from."""
-    _hashed: tuple[list[tuple[int, int | None]], str] | None = None
+    _hashed: dict[str, tuple[list[tuple[int, int | None]], str]] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,16 +223,33 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         """
         if self.checkpoint_commit is not None:
             return {"hypernetwork_revision": self.checkpoint_commit, "hypernetwork_sha256": None}
-        tensors = sorted(self.hypernetwork.state_dict().items())
-        # half a gigabyte at the released sizes: hashed anew only when a tensor was replaced or written to
+        return {"hypernetwork_revision": None, "hypernetwork_sha256": self._hash_of("hypernetwork")}
+
+    def base_identity(self) -> dict[str, str | None]:
+        """What identifies the base's weights: its name and the commit they are pinned to, or a hash of them.
+
+        Returns:
+            `base_model`, and `base_revision` (a commit hash of the Hub) or `base_sha256` (where there is none).
+        """
+        config = self.config
+        identity = {"base_model": config.base_model_name_or_path, "base_revision": config.base_model_revision}
+        if re.fullmatch(r"[0-9a-f]{40}", config.base_model_revision or ""):
+            return identity | {"base_sha256": None}
+        return identity | {"base_sha256": self._hash_of("vlm")}
+
+    def _hash_of(self, part: str) -> str:
+        """SHA-256 of a part's tensors; gigabytes, so anew only when a tensor was replaced or written to."""
+        tensors = sorted(self.get_submodule(part).state_dict().items())
         state = [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in tensors]
-        if self._hashed is None or self._hashed[0] != state:
+        known = self._hashed = self._hashed or {}
+        hashed = known.get(part)
+        if hashed is None or hashed[0] != state:
             digest = sha256()
             for name, tensor in tensors:
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            self._hashed = state, digest.hexdigest()
-        return {"hypernetwork_revision": None, "hypernetwork_sha256": self._hashed[1]}
+            hashed = known[part] = state, digest.hexdigest()
+        return hashed[1]
 
     def save_pretrained(  # type: ignore[override]
         self,

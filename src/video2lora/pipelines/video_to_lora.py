@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
-from ..adapters import AdapterProvenance, Segment, VideoAdapter
+from ..adapters import AdapterProvenance, Segment, VideoAdapter, VideoAdapterStore
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
 from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
 from ..video.ahead import one_ahead, prepare_ahead
@@ -73,6 +74,7 @@ class VideoToLoraPipeline(Pipeline):
         chunk_seconds: float | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
+        store: VideoAdapterStore | None = None,
     ) -> VideoAdapter | list[VideoAdapter] | Iterator[VideoAdapter]:
         """Turn one video, or many, into adapters.
 
@@ -89,6 +91,7 @@ class VideoToLoraPipeline(Pipeline):
                 go one after the other, so a long video needs no more memory than a short one.
             batch_size: videos, or chunks of one, internalized together.
             num_workers: threads that decode ahead while the model works (chunks: always one).
+            store: where adapters made before of the same bytes, in the same way, are found, and new ones are kept.
 
         Returns:
             A [`VideoAdapter`], or a list or iterator of them.
@@ -101,6 +104,13 @@ class VideoToLoraPipeline(Pipeline):
         options["chunk_seconds"] = chunk_seconds
         preprocess = {**self._preprocess_params, **{k: v for k, v in options.items() if v is not None}}
         batch_size = batch_size or self._batch_size or 1
+        num_workers = num_workers or self._num_workers or 0
+        if store is not None:
+            one = _is_one_video(videos)
+            stored = self._through_store([videos] if one else videos, store, num_workers, batch_size, preprocess)
+            if one:
+                return next(stored)
+            return list(_with_bar(stored, videos)) if isinstance(videos, (list, tuple)) else stored
         if _is_one_video(videos):
             if "chunk_seconds" in preprocess:
                 return self._internalize_chunks(videos, batch_size, **preprocess)
@@ -110,11 +120,60 @@ class VideoToLoraPipeline(Pipeline):
                 "expected a video (path, URL, bytes, file object, frames in memory), or a list, generator or dataset "
                 f"of videos; got {type(videos).__name__}."
             )
-        adapters = self.get_iterator(videos, num_workers or self._num_workers or 0, batch_size, preprocess, {}, {})
-        if not isinstance(videos, (list, tuple)):
-            return adapters
-        show = len(videos) > 1 and sys.stderr.isatty()
-        return list(tqdm(adapters, total=len(videos), desc="internalizing", unit="video", disable=not show))
+        adapters = self.get_iterator(videos, num_workers, batch_size, preprocess, {}, {})
+        return list(_with_bar(adapters, videos)) if isinstance(videos, (list, tuple)) else adapters
+
+    def _through_store(
+        self, videos: Any, store: VideoAdapterStore, num_workers: int, batch_size: int, preprocess: dict[str, Any]
+    ) -> Iterator[VideoAdapter]:
+        """Adapters of many videos, lazily: those in the store, and the others made and put there."""
+        remaining = iter(videos)
+        while window := list(islice(remaining, max(batch_size, num_workers, 1))):
+            keys = [self.store_key(video, **preprocess) for video in window]
+            found = {key: store.get(key) for key in keys}
+            missing = {key: video for key, video in zip(keys, window, strict=True) if found[key] is None}
+            made = self.get_iterator(list(missing.values()), num_workers, batch_size, preprocess, {}, {})
+            for key, adapter in zip(missing, made, strict=True):
+                store.put(key, adapter)
+                found[key] = adapter
+            for key in keys:
+                yield cast(VideoAdapter, found[key])
+
+    def store_key(self, video: Any, **sampling: Any) -> str:
+        """The key of a video's adapter in a [`VideoAdapterStore`]: everything that decides the adapter.
+
+        That is the video's bytes (or frames and times), the sampling, the prompt, and base and hypernetwork with their
+        revisions, or hashes of their weights where they have none. Versions of libraries are not in it.
+
+        Args:
+            video, sampling: as in a call: `num_frames`, `fps`, `start`, `end`, `longest_edge`, `chunk_seconds`.
+
+        Raises:
+            VideoError: the video cannot be read.
+        """
+        video, sampling = _span_of(video, sampling)
+        processor = self.processor
+        if "num_frames" not in sampling and "fps" not in sampling:
+            sampling["num_frames"] = processor.num_frames
+        sampling.setdefault("longest_edge", processor.longest_edge)
+        if isinstance(video, VideoFrames):
+            digest = hashlib.sha256(np.ascontiguousarray(video.frames).data).hexdigest()
+            content = {"frames": digest, "timestamps": video.timestamps, "start": video.start, "end": video.end}
+            content["duration"] = video.duration
+            sampling = {}
+        else:
+            with VideoReader(video) as reader:
+                content = {"sha256": reader.sha256}
+        facts = {
+            "video": content,
+            "sampling": {name: value for name, value in sampling.items() if value is not None},
+            "prompt": processor.internalization_prompt,
+            "prompt_timestamps": processor.prompt_timestamps,
+            "dtype": str(self.model.dtype),
+            **self.model.base_identity(),
+            **self.model.hypernetwork_identity(),
+        }
+        return VideoAdapterStore.key(facts)
 
     def get_iterator(
         self,
@@ -239,6 +298,12 @@ def _span_of(video: Any, sampling: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     if not isinstance(video, Mapping) or "video" not in video:
         return video, sampling
     return video["video"], sampling | {k: video[k] for k in ("start", "end") if video.get(k) is not None}
+
+
+def _with_bar(adapters: Iterator[VideoAdapter], videos: Sequence[Any]) -> Iterable[VideoAdapter]:
+    """A progress bar where there is something to wait for and somebody to see it."""
+    show = len(videos) > 1 and sys.stderr.isatty()
+    return tqdm(adapters, total=len(videos), desc="internalizing", unit="video", disable=not show)
 
 
 def _join(items: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:

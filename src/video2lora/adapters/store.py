@@ -1,0 +1,166 @@
+"""Adapters: a folder of adapters found by what they were made of, so that a video is internalized once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from . import storage
+from .adapter import VideoAdapter
+from .errors import AdapterError, OutputExistsError
+
+logger = logging.getLogger(__name__)
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_LEFTOVER_SECONDS = 3600  # a writer takes milliseconds; one that died leaves a hidden directory
+
+
+class VideoAdapterStore:
+    """Adapters on disk, found by a key made of everything that decides them.
+
+    Every entry is an ordinary adapter directory, `<directory>/<first two digits>/<key>`. Any number of processes may
+    read, write and be killed at once: an entry is whole or not there, and what a disk has damaged counts as not there.
+    Give it to the pipeline: `internalize("clip.mp4", store=VideoAdapterStore("adapters"))`.
+
+    Args:
+        directory: made if missing.
+        max_bytes: the entries that were not used for the longest time go when all together are larger (bytes on disk).
+
+    Raises:
+        AdapterError: `max_bytes` is not positive, or `directory` is a file.
+    """
+
+    def __init__(self, directory: str | Path, *, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise AdapterError(f"max_bytes must be positive or None, got {max_bytes}.")
+        self.directory, self.max_bytes = Path(directory).expanduser().resolve(), max_bytes
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise AdapterError(f"{directory} is a file, not a directory. Choose another place.") from error
+        self._lock = FileLock(self.directory / ".lock")
+        self._remove_leftovers()
+
+    @staticmethod
+    def key(facts: Mapping[str, Any]) -> str:
+        """The key of an adapter made with these facts: SHA-256 of their canonical JSON.
+
+        Args:
+            facts: JSON values; the pipeline's are the video's hash, the sampling, the prompt, and what identifies base
+                and hypernetwork.
+        """
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def get(self, key: str) -> VideoAdapter | None:
+        """The adapter of this key, or None where there is none (or a damaged one, which is removed)."""
+        entry = self._entry(key)
+        problem: Exception | None = None
+        for _ in range(2):  # the first time, it may have been replaced while it was read
+            if not entry.is_dir():
+                return None
+            try:
+                stored = storage.read_directory(entry)
+                os.utime(entry)  # when it was used last
+            except (AdapterError, OSError) as error:
+                problem = error
+                continue
+            return VideoAdapter(stored.weights, stored.targets, stored.base, stored.provenance)
+        if entry.is_dir():
+            logger.warning("%s is damaged and is removed: %s", entry, problem)
+            self.remove(key)
+        return None
+
+    def put(self, key: str, adapter: VideoAdapter) -> Path:
+        """Store an adapter; one that is there already under this key stays.
+
+        Returns:
+            Its directory.
+        """
+        entry = self._entry(key)
+        try:
+            adapter.save_pretrained(entry)
+        except (OutputExistsError, OSError):
+            if not entry.is_dir():  # another process was not faster: the disk is full, or the like
+                raise
+        if self.max_bytes is not None:
+            self._shrink(self.max_bytes, keep=entry)
+        return entry
+
+    def remove(self, key: str) -> bool:
+        """Remove an entry, at once for every reader; whether there was one."""
+        entry = self._entry(key)
+        aside = entry.with_name(f".{entry.name}.old-{uuid.uuid4().hex[:12]}")
+        try:
+            entry.rename(aside)
+        except FileNotFoundError:
+            return False
+        shutil.rmtree(aside, ignore_errors=True)
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, sorted."""
+        for folder in sorted(self.directory.glob("[0-9a-f][0-9a-f]")):
+            yield from sorted(path.name for path in folder.iterdir() if _KEY.fullmatch(path.name))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._entry(key).is_dir()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of all entries."""
+        return sum(size for _, size, _ in self._sizes())
+
+    def __repr__(self) -> str:
+        limit = "" if self.max_bytes is None else f" of at most {self.max_bytes}"
+        return f"VideoAdapterStore({self.directory}: {len(self)} adapters, {self.nbytes}{limit} bytes)"
+
+    def _entry(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise AdapterError(f"{key!r} is no key of a store: expected the 64 hexadecimal digits that key() returns.")
+        return self.directory / key[:2] / key
+
+    def _sizes(self) -> list[tuple[float, int, str]]:
+        """(time of last use, bytes, key) of every entry."""
+        found = []
+        for key in self:
+            entry = self._entry(key)
+            try:
+                size = sum(file.stat().st_size for file in entry.iterdir())
+                found.append((entry.stat().st_mtime, size, key))
+            except FileNotFoundError:  # removed by another process meanwhile
+                continue
+        return found
+
+    def _shrink(self, max_bytes: int, keep: Path) -> None:
+        """Remove what was not used for the longest time; one process at a time, so that none removes too much."""
+        with self._lock:
+            entries = sorted(self._sizes())
+            total = sum(size for _, size, _ in entries)
+            for _, size, key in entries:
+                if total <= max_bytes:
+                    return
+                if key != keep.name:
+                    self.remove(key)
+                    total -= size
+
+    def _remove_leftovers(self) -> None:
+        for path in self.directory.glob("[0-9a-f][0-9a-f]/.*"):
+            try:
+                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+            except FileNotFoundError:
+                continue

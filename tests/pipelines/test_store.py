@@ -1,0 +1,118 @@
+"""pipeline(..., store=): a video is internalized once, and found again only if nothing that decides it has changed."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import pipeline
+
+from video2lora import Video2LoraModel, Video2LoraProcessor, VideoAdapterStore, VideoError, load_video
+from video2lora.testing import save_tiny_vlm, tiny_clip
+
+SIZES = {"rank": 4, "latent_size": 16, "num_latents": 4, "num_blocks": 2, "num_frames": 3}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    return [str(tiny_clip(folder / f"{seed}.mp4", seconds=2, seed=seed)) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_vlm("smolvlm", tmp_path_factory.mktemp("base") / "tiny")
+
+
+def make_pipe(base):
+    torch.manual_seed(0)
+    model = Video2LoraModel.from_vlm(base, dtype=torch.float32, **SIZES)
+    for scaler in model.hypernetwork.scaler_B.values():
+        torch.nn.init.normal_(scaler)
+    processor = Video2LoraProcessor.from_config(model.config)
+    return pipeline("video-to-lora", model=model, processor=processor, device="cpu")
+
+
+@pytest.fixture
+def pipe(base):
+    return make_pipe(base)
+
+
+@pytest.fixture
+def made(pipe, monkeypatch):
+    """How many videos the model has read."""
+    counts = []
+    generate = pipe.model.generate_segments
+
+    def counting(**inputs):
+        counts.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(pipe.model, "generate_segments", counting)
+    return counts
+
+
+@pytest.fixture
+def store(tmp_path):
+    return VideoAdapterStore(tmp_path / "store")
+
+
+def test_a_video_is_internalized_once(pipe, made, store, clips, tmp_path):
+    plain = pipe(clips[0])
+    made.clear()
+    first, second = pipe(clips[0], store=store), pipe(clips[0], store=store)
+    assert made == [1]
+    assert first.content_hash == second.content_hash == plain.content_hash
+    assert second.provenance == first.provenance or second.segments == first.segments
+    copied = shutil.copy(clips[0], tmp_path / "another-name.mp4")  # the bytes count, not the name
+    assert pipe(copied, store=store).content_hash == plain.content_hash
+    assert made == [1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lists_and_generators_keep_their_order(pipe, made, store, clips, num_workers):
+    expected = [adapter.content_hash for adapter in pipe(clips)]
+    made.clear()
+    pipe(clips[1], store=store)
+    rows = [clips[0], clips[1], clips[2], clips[0], clips[1]]
+    order = [expected[i] for i in (0, 1, 2, 0, 1)]
+    adapters = pipe(rows, store=store, batch_size=2, num_workers=num_workers)
+    assert [adapter.content_hash for adapter in adapters] == order
+    assert sum(made) == 3 and len(store) == 3
+    lazy = pipe((row for row in rows), store=store)
+    assert [adapter.content_hash for adapter in lazy] == order
+    assert sum(made) == 3
+
+
+def test_whatever_decides_the_adapter_is_in_the_key(pipe, made, store, clips, base, tmp_path):
+    def misses(video=clips[0], pipe=pipe, **options):
+        before = len(store)
+        pipe(video, store=store, **options)
+        return len(store) - before
+
+    assert misses() == 1
+    assert misses(num_frames=3) == 0  # the default
+    for options in ({"num_frames": 2}, {"fps": 1.0}, {"start": 0.5}, {"end": 1.5}, {"longest_edge": 16}):
+        assert misses(**options) == 1, options
+        assert misses(**options) == 0, options
+    assert misses(chunk_seconds=1) == 1 and misses(chunk_seconds=1) == 0
+    assert misses({"video": clips[0], "start": 0.5}) == 0  # a row's own span
+    frames = load_video(clips[0], num_frames=3)
+    assert misses(frames) == 1 and misses(frames) == 0
+    assert misses(np.zeros((3, 8, 8, 3), dtype=np.uint8)) == 1
+    pipe.processor.internalization_prompt = "Watch this."
+    assert misses() == 1
+    with torch.no_grad():
+        next(pipe.model.hypernetwork.parameters()).add_(0.1)
+    assert misses() == 1
+    other = make_pipe(save_tiny_vlm("smolvlm", tmp_path / "tiny", seed=1))  # same sizes, other weights
+    assert misses(pipe=other) == 1
+
+
+def test_a_bad_video_is_an_error_as_ever_and_what_came_before_it_is_kept(pipe, store, clips, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(VideoError, match="bad.mp4"):
+        pipe([clips[0], str(tmp_path / "bad.mp4")], store=store)
+    assert len(store) == 1
