@@ -188,6 +188,48 @@ def run_two(output: Path, base: str, rows: list, broken: str) -> None:
     save_file(tensors, output / f"weights-{rank}.safetensors")
 
 
+def _fsdp_on_a_cpu() -> None:
+    """accelerate switches FSDP on for GPUs alone, and falls back to DDP; FSDP itself runs on gloo too."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    init = AcceleratorState.__init__
+
+    def switched_on(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.device = PartialState._shared_state["device"] = torch.device("cpu")  # not cpu:0
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = switched_on  # type: ignore[method-assign]
+
+
+def run_fsdp(output: Path, settings: dict[str, Any]) -> None:
+    """Train with FSDP; leave the model, the log and what became of the base in `output`."""
+    _fsdp_on_a_cpu()
+    settings = dict(settings)
+    resume, kill_step = settings.pop("resume", None), settings.pop("kill_step", None)
+    trainer = make_trainer(**settings, callbacks=[] if kill_step is None else [KillInStep(kill_step)])
+    base = {name: tensor.clone() for name, tensor in trainer.model.vlm.state_dict().items()}
+    assert trainer.is_fsdp_enabled and trainer.accelerator.distributed_type.value == "FSDP"
+    trainer.train(resume_from_checkpoint=resume)
+    vlm = trainer.accelerator.unwrap_model(trainer.model).vlm
+    after = vlm.state_dict()
+    sharded = [name for name, p in trainer.model.named_parameters() if hasattr(p, "placements")]
+    found = {
+        "kinds": [type(module).__name__ for module in trainer.model.modules() if "FSDP" in type(module).__name__
+                  or type(module).__name__ == "FullyShardedDataParallel"],
+        "sharded": sharded,
+        "base": all(torch.equal(after[name], tensor) for name, tensor in base.items()) and set(after) == set(base),
+        "frozen": all(p.grad is None and not p.requires_grad for p in vlm.parameters()),
+        "log": trainer.state.log_history,
+    }  # fmt: skip
+    trainer.save_model(str(output / "model"))
+    (output / f"found-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
 def _child(rank: int, world: int, port: int, target: Callable[..., None], output: Path, arguments: dict) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if world > 1:

@@ -36,6 +36,7 @@ from .checkpoints import (
 )
 from .collator import Video2LoraCollator
 from .losses import kl_per_token, kl_top_k_per_token, mean_per_query
+from .sharding import check_same_sharding, load_sharded, save_optimizer, shard_hypernetwork_alone
 
 logger = logging.get_logger(__name__)
 
@@ -96,6 +97,8 @@ class Video2LoraTrainer(Trainer):
             **kwargs,
         )
         model.config.__dict__.pop("use_cache", None)  # Trainer's, and no field of this configuration
+        if self.is_fsdp_enabled:
+            shard_hypernetwork_alone(self.accelerator.state.fsdp_plugin, model, args.device)
         self.model_accepts_loss_kwargs = True
         self.num_videos = self.num_skipped = 0
         self._losses: list[Tensor] = []
@@ -165,7 +168,8 @@ class Video2LoraTrainer(Trainer):
         names = ("input_ids", "attention_mask", "labels", "video_inputs", "teacher_inputs")
         arguments = {name: inputs[name] for name in names if name in inputs}
         counts = {name: inputs[name] for name in ("queries_per_video", "segments_per_adapter")}
-        outputs = model(**arguments, **counts)
+        with self.accelerator.autocast():  # which FSDP2 leaves to us
+            outputs = model(**arguments, **counts)
         losses = self._query_losses(outputs, inputs)
         weights = inputs["query_weights"].to(losses)
         if num_items_in_batch is None:
@@ -262,6 +266,7 @@ class Video2LoraTrainer(Trainer):
             if not is_complete(resume_from_checkpoint):
                 raise ValueError(f"{resume_from_checkpoint} is no complete checkpoint: it was cut short, or is none.")
             check_same_model(resume_from_checkpoint, self._config())
+            check_same_sharding(resume_from_checkpoint, self.is_fsdp_enabled)
         # Trainer would write the tokenizer's special tokens into the configuration of the base, which stays as it is
         self.processing_class = None
         try:
@@ -332,15 +337,24 @@ class Video2LoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the hypernetwork, strictly; the base is in memory already."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        target: Any = self.accelerator.unwrap_model(model or self.model)
         state = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
+        if self.is_fsdp_enabled:
+            load_sharded(model or self.model, state)
+            return
+        target: Any = self.accelerator.unwrap_model(model or self.model)
         prefix = "hypernetwork."
         target.hypernetwork.load_state_dict(
             {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As the parent's, with the arguments as JSON: nothing that is shipped is a pickle."""
