@@ -78,6 +78,7 @@ class Endpoint:
             api_key = "EMPTY"  # with none at all the client would send the user's Hub token to that server
         self.model, self.retries, self.backoff, self.max_tokens = model, retries, backoff, max_tokens
         self._client = InferenceClient(base_url=base_url, provider=provider, api_key=api_key, timeout=timeout)
+        self._own_server = base_url is not None
         self._random = random.Random()  # the global one belongs to the run
 
     def ask(self, messages: list[dict[str, str]], stop: Event) -> Reply:
@@ -118,8 +119,10 @@ class Endpoint:
         except (HTTPError, OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
             # time-outs, broken connections, and a body that is no answer at all
             raise _TemporaryError(f"{type(error).__name__}: {error}"[:300]) from error
-        except ValueError as error:  # of the client itself: no key, a provider that does not have the model
-            raise EndpointError(str(error)) from error
+        except ValueError as error:
+            if self._own_server:  # JSON, but of another form
+                raise _TemporaryError(str(error)[:300]) from error
+            raise EndpointError(str(error)) from error  # no key, or a provider that does not have the model
         return _as_reply(output)
 
 

@@ -91,7 +91,7 @@ def repetition(prediction: str, n: int = REPETITION_N) -> float:
     """
     found = words(prediction, keep_articles=True)
     grams = [tuple(found[start : start + n]) for start in range(len(found) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def is_empty(prediction: str) -> float:
