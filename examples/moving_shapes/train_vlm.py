@@ -1,0 +1,251 @@
+"""Moving shapes, stage 1: train the small SmolVLM from scratch until it answers with the clip in its context.
+
+    python train_vlm.py -o runs/vlm --steps 9000 --minutes 9
+
+Run it again to go on: it stops after `--minutes` with its state written, and the schedule counts steps, so pieces
+make the same model as one long run. The folder `-o` holds the model and its processor in the ordinary form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from batches import FRAMES, IGNORE, Form, ShapesBatches
+from small_vlm import PIXELS, build_processor, build_tokenizer, build_vlm
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy, interpolate
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from video2lora.data.moving_shapes import draw, sample_times, vocabulary_texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
+    parser.add_argument("--tokens", type=int, default=120_000, help="tokens a batch")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--validation", type=int, default=1024, help="clips")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    started = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(options.output)
+    trainer = VlmTrainer(build_vlm(tokenizer, options.seed).to(device), options.steps, options.learning_rate)
+    state = options.output / "state.safetensors"
+    if state.exists():
+        trainer.load_tensors(load_file(state, device=str(device)))
+    data = ShapesBatches(tokenizer, tokens=options.tokens, seed=options.seed)
+    loader = DataLoader(
+        data,
+        sampler=range(trainer.step, options.steps),
+        batch_size=None,
+        num_workers=options.workers,
+        prefetch_factor=4 if options.workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    clips, shown, since = 0, [], time.monotonic()
+    for batch in loader:
+        shown.append(trainer.train_step(batch, device))
+        clips += len(batch["tokens"])
+        if trainer.step % 100 == 0:
+            loss = torch.stack(shown).nanmean().item()
+            spent = time.monotonic() - since
+            print(f"step {trainer.step} loss {loss:.4f} {100 / spent:.1f} steps/s {clips / spent:.0f} clips/s", flush=True)
+            clips, shown, since = 0, [], time.monotonic()
+        if time.monotonic() - started > 60 * options.minutes:
+            break
+    save(trainer, tokenizer, options.output, state)
+    if options.validation:
+        rows = validate(trainer, tokenizer, options.validation, device)
+        print(json.dumps(rows, indent=1))
+        log = {"step": trainer.step, "exact_match": rows}
+        with open(options.output / "validation.jsonl", "a") as file:
+            file.write(json.dumps(log) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # workers still hold batches drawn ahead
+
+
+def load_tokenizer(output: Path) -> PreTrainedTokenizerFast:
+    """The run's own tokenizer; trained at the first start."""
+    if (output / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(output)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(vocabulary_texts())
+    build_processor(tokenizer).save_pretrained(output)
+    return tokenizer
+
+
+class VlmTrainer:
+    """The model, its optimiser, and a step over a batch of clips with many questions each."""
+
+    def __init__(self, model: Any, steps: int, learning_rate: float) -> None:
+        self.model, self.steps, self.learning_rate = model.train(), steps, learning_rate
+        self.step = 0
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        plain = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+        fused = next(model.parameters()).is_cuda
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=fused)
+
+    def rate(self) -> float:
+        """Warm-up over 500 steps, then constant, then falling to nothing over the last third."""
+        warm = min(1.0, (self.step + 1) / 500)
+        return self.learning_rate * warm * min(1.0, max(0.0, (self.steps - self.step) / (self.steps / 3)))
+
+    def train_step(self, batch: dict[str, Any], device: torch.device) -> Tensor:
+        """One step; returns the loss, which is not a number where the step was left out."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        logits, labels = self.label_logits(batch, device)
+        losses = cross_entropy(logits.float(), labels[labels != IGNORE], reduction="none")
+        # long answers count more than short ones, but not by their length
+        lengths = answer_lengths(labels)
+        loss = (losses / lengths.sqrt()).sum() / (1 / lengths).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        finite = torch.isfinite(norm)
+        for p in self.model.parameters():  # a step that went wrong changes nothing, without asking the device
+            if p.grad is not None:
+                p.grad.nan_to_num_(0.0, 0.0, 0.0).mul_(finite)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
+
+    def label_logits(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Logits of the tokens that predict labelled ones, and the labels `[clips, tokens]`."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+        prefix, tokens = moved["prefix"], moved["tokens"]
+        clips, start = len(tokens), len(prefix)
+        model, inner = self.model, self.model.model
+        half = device.type == "cuda"
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            features = self.visual_features(batch["scenes"], batch["form"]).float()
+            embed = inner.text_model.get_input_embeddings()
+            embeds = embed(torch.cat([prefix.expand(clips, -1), tokens], 1))
+            visual = (prefix == model.config.image_token_id).nonzero()[:, 0]
+            embeds = embeds.index_copy(1, visual, features)
+            positions = torch.cat([torch.arange(start, device=device).expand(clips, -1), moved["positions"]], 1)
+            mask = turn_mask(moved["segments"], start, torch.bfloat16 if half else torch.float32)
+            hidden = inner.text_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+            labels = moved["labels"]
+            logits = model.lm_head(hidden[:, start - 1 : -1][labels != IGNORE])
+        return logits, labels
+
+    def visual_features(self, scenes: Any, form: Form) -> Tensor:
+        """What the connector makes of the clips: `[clips, visual tokens, hidden_size]`."""
+        times = sample_times(form.num_frames, form.seconds)
+        pixels = draw(scenes, times, size=form.longest_edge or PIXELS, device=self.model.device)
+        pixels = tiles(pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        hidden = self.model.model.vision_model(pixel_values=pixels).last_hidden_state
+        features = self.model.model.connector(hidden)
+        return features.reshape(scenes.num_scenes, -1, features.shape[-1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a later piece goes on from."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        return {name: value.contiguous() for name, value in tensors.items()} | {"step": torch.tensor(self.step)}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.step = int(tensors.pop("step"))
+        model = {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
+        self.model.load_state_dict(model)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            _, index, kind = name.split(".")
+            state.setdefault(int(index), {})[kind] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def tiles(pixels: Tensor) -> Tensor:
+    """Pictures `[n, 3, side, side]` as SmolVLM's processor cuts them: tiles row by row, then the whole, small."""
+    side = pixels.shape[-1]
+    if side < PIXELS:
+        return interpolate(pixels, (PIXELS, PIXELS), mode="bicubic", antialias=True).clamp(-1, 1)
+    if side == PIXELS:
+        return pixels
+    n = side // PIXELS
+    cut = pixels.unflatten(2, (n, PIXELS)).unflatten(4, (n, PIXELS)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    whole = interpolate(pixels, (PIXELS, PIXELS), mode="bicubic", antialias=True).clamp(-1, 1)
+    return torch.cat([cut, whole[:, None]], 1).flatten(0, 1)
+
+
+def turn_mask(segments: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask `[clips, 1, tokens, tokens]`: a turn sees the prefix, if it is its own, and itself."""
+    clips, width = segments.shape
+    whole = torch.cat([segments.new_zeros(clips, prefix), segments], 1)  # 0: the prefix (and padding)
+    keys_in_prefix = torch.arange(prefix + width, device=segments.device) < prefix
+    padding = (whole == 0) & ~keys_in_prefix
+    same = whole[:, :, None] == whole[:, None, :]
+    sees = (whole > 0)[:, :, None] & keys_in_prefix[None, None, :]
+    causal = torch.ones(prefix + width, prefix + width, dtype=torch.bool, device=segments.device).tril()
+    allowed = ((same & ~padding[:, None, :]) | sees) & causal
+    allowed |= torch.eye(prefix + width, dtype=torch.bool, device=segments.device)  # no row may see nothing
+    return torch.zeros((), dtype=dtype, device=segments.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def answer_lengths(labels: Tensor) -> Tensor:
+    """For each labelled token, how many its answer has."""
+    wanted = labels != IGNORE
+    begins = wanted & ~torch.nn.functional.pad(wanted, (1, 0))[:, :-1]
+    number = begins.flatten().cumsum(0)[wanted.flatten()] - 1
+    return torch.bincount(number)[number].float()
+
+
+@torch.no_grad()
+def validate(
+    trainer: VlmTrainer, tokenizer: PreTrainedTokenizerFast, clips: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Share of questions answered to the letter, by task, for 12 frames.
+
+    Every token of the right answer is the likeliest after those before it: just then greedy generation gives it.
+    """
+    trainer.model.eval()
+    right: dict[str, list[float]] = {}
+    data = ShapesBatches(tokenizer, split="validation", tokens=120_000, seed=0, varied=False)
+    seen = 0
+    for number in range(10_000):
+        batch, tasks = data.validation_batch(number)
+        logits, labels = trainer.label_logits(batch, device)
+        wanted = labels[labels != IGNORE]
+        begins = torch.nn.functional.pad(labels != IGNORE, (1, 0))
+        begins = (begins[:, 1:] & ~begins[:, :-1]).flatten()[(labels != IGNORE).flatten()]
+        answers = begins.cumsum(0) - 1
+        wrong = torch.bincount(answers, (logits.argmax(-1) != wanted).float())
+        for task, count in zip(tasks, wrong.tolist(), strict=True):
+            right.setdefault(task, []).append(float(count == 0))
+        seen += len(batch["tokens"])
+        if seen >= clips:
+            break
+    trainer.model.train()
+    return {task: {"accuracy": sum(v) / len(v), "n": len(v)} for task, v in sorted(right.items())}
+
+
+def save(trainer: VlmTrainer, tokenizer: PreTrainedTokenizerFast, output: Path, state: Path) -> None:
+    """Write the model in the ordinary form, and the state to go on from; each under another name first."""
+    part = state.with_suffix(".part")
+    save_file(trainer.tensors(), part)
+    os.replace(part, state)
+    trainer.model.save_pretrained(output)
+    build_processor(tokenizer).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main()
