@@ -11,8 +11,9 @@ real H.264 files. docs/moving_shapes.md is the data card.
 
 from .answerable import answerable
 from .dataset import MovingShapes
-from .drawing import SceneBatch, draw
+from .drawing import SceneBatch, contact_sheet, draw
 from .facts import CaptionScore, caption_facts, facts_right
+from .files import write_moving_shapes
 from .language import (
     TASKS,
     Query,
@@ -65,6 +66,7 @@ __all__ = [
     "caption",
     "caption_facts",
     "caption_prompt",
+    "contact_sheet",
     "draw",
     "facts_right",
     "frame_times",
@@ -74,4 +76,5 @@ __all__ = [
     "sample_times",
     "summary",
     "vocabulary_texts",
+    "write_moving_shapes",
 ]

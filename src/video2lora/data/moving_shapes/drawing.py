@@ -128,6 +128,20 @@ def draw(
     return frames
 
 
+def contact_sheet(
+    scenes: Sequence[Scene], times: Sequence[float] | np.ndarray | None = None, *, size: int = 64
+) -> np.ndarray:
+    """Lay frames out to be looked at: a row a scene, a column a time, two white pixels between them.
+
+    Returns:
+        uint8 [n * (size + 2) + 2, T * (size + 2) + 2, 3].
+    """
+    frames = draw(scenes, times, size=size).numpy()
+    framed = np.pad(frames, ((0, 0), (0, 0), (2, 0), (2, 0), (0, 0)), constant_values=255)
+    rows = framed.transpose(0, 2, 1, 3, 4).reshape(len(frames) * (size + 2), -1, 3)
+    return np.pad(rows, ((0, 2), (0, 2), (0, 0)), constant_values=255)
+
+
 def _draw_chunk(out: Tensor, batch: SceneBatch, times: np.ndarray, size: int) -> None:
     """Fill `out` [n, t, size, size, 3]. An object needs its quadrant's pixels only."""
     device = out.device

@@ -1,7 +1,7 @@
 """Moving shapes: the ways each kind of question is put.
 
-Those of "held_out" are never part of a hypernetwork's training. They use the words of the others wherever they can: what
-is new is the sentence.
+Those of "held_out" are never part of a hypernetwork's training. They use the words of the others wherever they can:
+what is new is the sentence.
 """
 
 from __future__ import annotations
