@@ -1,0 +1,163 @@
+"""Evaluation: scores of a run's answers, now or later, and the verdicts that its declared margins give."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .records import EvaluationError, EvaluationRun, read_run, with_scores, write_records
+from .samples import Answer
+
+if TYPE_CHECKING:
+    from .judge import Judge
+    from .statistics import PairedComparison
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a condition compares with the baseline in one metric that has a declared margin.
+
+    Attributes:
+        metric, condition, baseline: names.
+        task: None for all questions together.
+        comparison: effect, interval and verdicts.
+    """
+
+    metric: str
+    condition: str
+    baseline: str
+    task: str | None
+    comparison: PairedComparison
+
+
+def score_run(
+    run_dir: str | os.PathLike[str], metrics: Sequence[str] | None = None, *, judge: Judge | None = None
+) -> EvaluationRun:
+    """Score a finished run's answers, also by metrics that were not declared; nothing is answered again.
+
+    `records.parquet` is replaced after each metric. A judge that cannot be reached, or gives no grade, leaves nulls,
+    which `EvaluationRun.unscored` counts; called again it goes on from its cache.
+
+    Args:
+        run_dir: the folder.
+        metrics: names in `METRICS`; by default those that were declared.
+        judge: for the metric "judge".
+
+    Raises:
+        EvaluationError: the folder holds no finished run, or there is no such metric, judge or library.
+    """
+    run = read_run(run_dir)
+    names = run.settings["metrics"] if metrics is None else metrics
+    check_metrics(names, judge)
+    for name in names:
+        before = run.records[name].to_pylist() if name in run.metrics else None
+        scores = _scores(run.records, name, judge)
+        if before is not None:  # a judge that was there before and is not now takes nothing away
+            scores = [old if new is None else new for old, new in zip(before, scores, strict=True)]
+        if scores != before:
+            run = EvaluationRun(run.path, run.settings, with_scores(run.records, name, scores))
+            write_records(run.path, run.records)
+    return run
+
+
+def check_metrics(metrics: Sequence[str], judge: Judge | None) -> None:
+    """Refuse, before anything is answered, what could not be scored for want of a name, a judge or a library.
+
+    Raises:
+        EvaluationError: it names the metric.
+    """
+    from .metrics import METRICS, score
+
+    for name in metrics:
+        if name not in METRICS:
+            raise EvaluationError(f"there is no metric {name!r}: there are {', '.join(METRICS)}.")
+        if "judge" not in METRICS[name].needs:
+            try:
+                score(name, ["a"], [["a"]], questions=["a"], answers=[Answer("a", 1, True, 0, 0, 0)])
+            except ImportError as error:
+                raise EvaluationError(str(error)) from error
+        elif judge is None:
+            raise EvaluationError(f"the metric {name!r} needs judge=Judge(...), a model and its endpoint.")
+
+
+def verdicts(run: EvaluationRun, *, by_task: bool = False) -> list[Verdict]:
+    """Compare every condition with the baseline in every metric that has a declared margin; videos are resampled.
+
+    Args:
+        run: a finished run.
+        by_task: also for each task by itself, behind all together.
+    """
+    from .metrics import METRICS
+    from .statistics import compare
+
+    baseline, found = run.settings["baseline"], []
+    tasks: list[str | None] = [None, *(run.tasks if by_task and len(run.tasks) > 1 else ())]
+    if baseline not in run.conditions:
+        return []
+    for metric, margin in run.settings["margins"].items():
+        if metric not in run.metrics:
+            continue
+        for condition in run.conditions:
+            for task in tasks if condition != baseline else ():
+                candidate, reference, samples = run.paired_scores(metric, condition, baseline, task)
+                if len(set(samples)) < 2:
+                    continue  # nothing can be said of one video
+                comparison = compare(
+                    candidate,
+                    reference,
+                    margin=margin,
+                    alpha=run.settings["alpha"],
+                    clusters=samples,
+                    seed=run.settings["seed"],
+                    higher_is_better=METRICS[metric].higher_is_better,
+                )
+                found.append(Verdict(metric, condition, baseline, task, comparison))
+    return found
+
+
+def _scores(records: Any, metric: str, judge: Judge | None) -> list[float | None]:
+    """A score for each row; None where there is no answer, no reference though one is needed, or no grade."""
+    from .judge import JudgeError
+    from .metrics import METRICS, score
+
+    rows = records.to_pylist()
+    needs = METRICS[metric].needs
+    places = [
+        place
+        for place, row in enumerate(rows)
+        if row["error"] is None and ("references" not in needs or any(text.strip() for text in row["references"]))
+    ]
+    chosen = [rows[place] for place in places]
+    try:
+        found = score(
+            metric,
+            [row["answer"] for row in chosen],
+            [row["references"] for row in chosen],
+            questions=[row["prompt"] if row["question"] is None else row["question"] for row in chosen],
+            answers=[_answer(row) for row in chosen],
+            judge=judge,
+        )
+    except JudgeError as error:
+        found = [None if judgment is None else judgment.score for judgment in error.judgments]
+        found = found or [None] * len(chosen)
+        logger.warning(
+            "%s: %d of %d answers have no score: %s Score again to go on from those that have.",
+            metric,
+            found.count(None),
+            len(found),
+            error,
+        )
+    scores: list[float | None] = [None] * len(rows)
+    for place, value in zip(places, found, strict=True):
+        scores[place] = value
+    return scores
+
+
+def _answer(row: dict[str, Any]) -> Answer:
+    names = [name for name in Answer.__dataclass_fields__ if name != "text"]
+    return Answer(text=row["answer"], **{name: row[name] for name in names})
