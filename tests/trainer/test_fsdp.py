@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from video2lora import Video2LoraModel
 from video2lora.trainer.checkpoints import last_complete_checkpoint
+from video2lora.trainer.sharding import shard_hypernetwork_alone
 
 from .runs import (
     SGD,
@@ -18,6 +20,7 @@ from .runs import (
     assert_same,
     launch,
     losses,
+    make_model,
     make_trainer,
     run_fsdp,
     run_training,
@@ -68,7 +71,7 @@ def test_fsdp_equals_one_process(version, settings, tmp_path):
 
 
 def test_killed_and_resumed(settings, tmp_path):
-    """FSDP2: on a CPU the older one writes AdamW's second moments in place of the first (benchmarks/fsdp.py tries it)."""
+    """FSDP2; on a CPU the older one stores AdamW's second moments in place of the first (benchmarks/fsdp.py)."""
     settings = settings | fsdp(2) | {"save_strategy": "steps", "save_steps": 1}
     succeed(run_fsdp, tmp_path / "unstopped", 2, settings=settings | {"output": str(tmp_path / "a")})
     settings |= {"output": str(tmp_path / "run")}
@@ -96,6 +99,13 @@ def test_loading_on_the_main_process_alone_is_refused(settings, tmp_path):
     assert any(launch(run_fsdp, tmp_path / "refused", 2, settings=ours))
     said = (tmp_path / "refused/stderr-0.txt").read_text()
     assert "fsdp_cpu_ram_efficient_loading must be false" in said
+
+
+def test_versions_of_accelerate_that_would_shard_the_base_are_refused(settings, tmp_path, monkeypatch):
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)
+    monkeypatch.setattr("video2lora.trainer.sharding.version", {"accelerate": "1.10.1", "torch": "2.11"}.get)
+    with pytest.raises(ValueError, match=r"FSDP2 needs accelerate 1.12.0.* this is 1.10.1"):
+        shard_hypernetwork_alone(plugin, make_model(settings["base"]), torch.device("cpu"))
 
 
 def test_a_checkpoint_without_fsdp_is_not_gone_on_from_with_it(settings, tmp_path):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.trainer import SCHEDULER_NAME
 
 from ..modeling import Video2LoraModel
 
+FSDP2_FLOORS = {"accelerate": "1.12.0", "torch": "2.7"}
 OPTIMIZERS = {True: "optimizer.bin", False: "optimizer.pt"}
 """Where the optimizer is in a checkpoint, with FSDP and without."""
 
@@ -30,8 +33,15 @@ def shard_hypernetwork_alone(plugin: Any, model: Video2LoraModel, device: torch.
         device: where this process trains.
 
     Raises:
-        ValueError: the base has weights on the main process alone.
+        ValueError: the base has weights on the main process alone, or FSDP2 cannot leave it out.
     """
+    if plugin.fsdp_version == 2:
+        for library, floor in FSDP2_FLOORS.items():
+            if Version(version(library)) < Version(floor):
+                raise ValueError(
+                    f"FSDP2 needs {library} {floor}, which can leave the frozen base unsharded, and this is "
+                    f"{version(library)}: upgrade it, or set fsdp_version to 1."
+                )
     if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading must be false: with it only the main process loads the base, which FSDP "
@@ -43,7 +53,7 @@ def shard_hypernetwork_alone(plugin: Any, model: Video2LoraModel, device: torch.
     plugin.activation_checkpointing = False  # the perceiver's own is `gradient_checkpointing`
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")  # half a gigabyte, and any number of processes can go on from it
-    model.to(device)  # FSDP leaves what it ignores where it is
+    nn.Module.to(model, device)  # FSDP leaves what it ignores where it is
     for tensor in [*model.parameters(), *model.buffers()]:  # as DDP does; FSDP2 takes each process's own for a shard
         torch.distributed.broadcast(tensor.data, src=0)
 

@@ -342,7 +342,7 @@ class Video2LoraTrainer(Trainer):
             return
         state = load_file(os.path.join(resume_from_checkpoint, "model.safetensors"))
         if self.is_fsdp_enabled:
-            load_sharded(model or self.model, state)
+            load_sharded(self.model_wrapped, state)
             return
         target: Any = self.accelerator.unwrap_model(model or self.model)
         prefix = "hypernetwork."
