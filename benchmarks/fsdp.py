@@ -112,8 +112,8 @@ def make_trainer(
         arguments["fsdp_config"]["sync_module_states"] = False
     args = Video2LoraTrainingArguments(
         output_dir=str(output), max_steps=options.steps, per_device_train_batch_size=options.videos,
-        bf16=size != "tiny", logging_steps=1, report_to="none", disable_tqdm=True, num_eval_samples=0, dataloader_pin_memory=False,
-        warmup_steps=0, save_only_model=False, use_cpu=on_cpu,
+        bf16=size != "tiny", logging_steps=1, report_to="none", disable_tqdm=True, num_eval_samples=0,
+        dataloader_pin_memory=False, warmup_steps=0, save_only_model=False, use_cpu=on_cpu,
         **({"ddp_backend": "gloo"} if on_cpu else {}), **{"save_strategy": "no"} | arguments | more,
     )  # fmt: skip
     model = prepared(size, str(args.device))
