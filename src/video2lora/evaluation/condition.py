@@ -21,7 +21,7 @@ from .samples import Answer, Sample
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 CONTEXT_TOKENS_AT_ONCE = 65536
-"""Tokens of long contexts that share a batch: padding makes a mask of each context's tokens squared."""
+"""Tokens of long contexts that share a batch: each has a KV cache, and padding a mask of its tokens squared."""
 
 
 @dataclass(frozen=True)

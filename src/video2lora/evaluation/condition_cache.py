@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..modeling.streaming import keep_rope_deltas
 from ..modeling.vision import embed_frames
-from .condition import Decoding, PreparedSample, Reply
+from .condition import Decoding, PreparedSample, Reply, batches_of
 from .condition_video import VideoInContext
 from .samples import Answer, Sample
 
@@ -24,12 +24,10 @@ class Prefix:
     Attributes:
         cache: of one row; copy it to go on from it.
         length: tokens in it, all visual ones among them.
-        rope_deltas: position offset behind the video, for bases that have one (Qwen2.5-VL), by module name.
     """
 
     cache: Any
     length: int
-    rope_deltas: dict[str, Tensor | None]
 
 
 class CacheCondition(VideoInContext):
@@ -81,40 +79,53 @@ class CacheCondition(VideoInContext):
         with keep_rope_deltas(self.vlm):
             embedded = embed_frames(self.vlm, self.to_vlm(inputs))
             output = getattr(self.vlm, "base_model", self.vlm)(**embedded, use_cache=True)
-            rope_deltas = {n: m.rope_deltas for n, m in self.vlm.named_modules() if hasattr(m, "rope_deltas")}
-        return Prefix(output.past_key_values, length, rope_deltas)
+        return Prefix(output.past_key_values, length)
 
     @torch.no_grad()
     def _continue(self, prefix: Prefix, turns: Sequence[Mapping[str, Tensor]], decoding: Decoding) -> list[Reply]:
         replies = []
-        for begin in range(0, len(turns), decoding.batch_size):
-            rows = [turn["input_ids"] for turn in turns[begin : begin + decoding.batch_size]]
+        for place in batches_of([turn["input_ids"].shape[1] for turn in turns], decoding.batch_size):
+            rows = turns[place]
             start = self.now()
+            inputs = self._behind(prefix, rows)
             cache = copy.deepcopy(prefix.cache)
             cache.batch_repeat_interleave(len(rows))
-            inputs = self._behind(prefix, rows)
             copying = self.now() - start
-            with keep_rope_deltas(self.vlm):
-                for name, rope_deltas in prefix.rope_deltas.items():
-                    module: Any = self.vlm.get_submodule(name)
-                    module.rope_deltas = rope_deltas
-                generated, seconds = self.generate(inputs, decoding.max_new_tokens, past_key_values=cache)
-            for ids, token_ids in zip(rows, generated, strict=True):
+            generated, seconds = self.generate(inputs, decoding.max_new_tokens, past_key_values=cache)
+            for turn, token_ids in zip(rows, generated, strict=True):
+                ids = turn["input_ids"]
                 visual = self.processor.count_visual_tokens(ids)
                 replies.append(Reply(token_ids, ids.shape[1], visual, (copying + seconds) / len(rows)))
         return replies
 
-    def _behind(self, prefix: Prefix, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The rows with their padding between the prefix, whose places in the cache are fixed, and the rest."""
-        rests = [{"input_ids": ids[:, prefix.length :]} for ids in rows]
-        padded = self.processor.pad(
-            [rest | {"attention_mask": torch.ones_like(rest["input_ids"])} for rest in rests], left=True
-        )
-        head = rows[0][:, : prefix.length].expand(len(rows), -1)
-        return {
-            "input_ids": torch.cat([head, padded["input_ids"]], dim=1),
-            "attention_mask": torch.cat([torch.ones_like(head), padded["attention_mask"]], dim=1),
-        }
+    def _behind(self, prefix: Prefix, turns: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The turns with their padding between the prefix, whose places in the cache are fixed, and the rest."""
+        width = max(turn["input_ids"].shape[1] for turn in turns)
+        rows: dict[str, list[Tensor]] = {"input_ids": [], "attention_mask": [], "position_ids": []}
+        for turn in turns:
+            ids = turn["input_ids"]
+            filled = {
+                "input_ids": (ids, self.processor.pad_token_id),
+                "attention_mask": (torch.ones_like(ids), 0),
+                "position_ids": (self._positions(turn), 0),
+            }
+            for name, (tensor, fill) in filled.items():
+                head, rest = tensor[..., : prefix.length], tensor[..., prefix.length :]
+                gap = tensor.new_full((*tensor.shape[:-1], width - ids.shape[1]), fill)
+                rows[name].append(torch.cat([head, gap, rest], dim=-1))
+        return {name: torch.cat(tensors, dim=-2) for name, tensors in rows.items()}
+
+    def _positions(self, turn: Mapping[str, Tensor]) -> Tensor:
+        """Position ids `[..., 1, tokens]` that generation gives to the whole turn.
+
+        Those of the rest do not follow from the prefix alone: Qwen2.5-VL's video may reach further in time than the
+        text behind it.
+        """
+        inputs = self.to_vlm({name: value for name, value in turn.items() if not name.startswith("pixel_")})
+        with keep_rope_deltas(self.vlm):
+            prepare: Any = self.vlm._prepare_position_ids_for_generation
+            positions: Tensor = prepare(inputs.pop("input_ids"), inputs)
+        return positions.to(turn["input_ids"].device)
 
 
 def _shared(first: Tensor, second: Tensor) -> int:
