@@ -136,9 +136,9 @@ def test_the_same_bytes_elsewhere_are_no_other_video(samples, tmp_path):
     several = [samples[0], replace(samples[0], id="copy", video=str(copied)), samples[3]]
     conditions = conditions_of(setup, "other_adapter")
     assert [item.partner.sample.id for item in prepare(setup, several, *conditions)] == ["s3", "s3", "s0"]
-    with pytest.raises(ValueError, match="no sample is about another video"):
+    with pytest.raises(ValueError, match="every sample is about the video of s0"):
         list(prepare_samples(several[:2], setup.processor, conditions, 0))
-    with pytest.raises(ValueError, match="no sample is about another video"):
+    with pytest.raises(ValueError, match="every sample is about the video of s0"):
         list(prepare_samples(samples[:2], setup.processor, conditions, 2))
 
 

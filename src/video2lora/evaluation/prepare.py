@@ -189,20 +189,20 @@ class _Preparer:
         return partner if isinstance(partner, VideoError) else replace(prepared, partner=partner)
 
     def _find_partner(self, index: int, own: PreparedSample) -> PreparedSample | VideoError:
-        others = [(index + step) % len(self.samples) for step in range(1, len(self.samples))]
-        others = [other for other in others if not _is_same_place(self.samples[other].video, own.sample.video)]
-        same = False
-        for other in others:
+        unread = False
+        for step in range(1, len(self.samples)):
+            other = (index + step) % len(self.samples)
+            if _is_same_place(self.samples[other].video, own.sample.video):
+                continue
             partner = self._load_shared(other)
             if isinstance(partner, VideoError):
-                continue
-            if partner.frames.sha256 is None or partner.frames.sha256 != own.frames.sha256:
+                unread = True
+            elif partner.frames.sha256 is None or partner.frames.sha256 != own.frames.sha256:
                 return partner
-            same = True
-        if not others or same:
+        if not unread:
             raise ValueError(
-                f"{own.sample.id}: no sample is about another video that can be read, so there is no other video's "
-                "adapter: leave other_adapter out, or take more samples."
+                f"every sample is about the video of {own.sample.id}, so there is no other video's adapter: leave "
+                "other_adapter out, or take more samples."
             )
         return VideoError(f"{own.sample.id} can be read, but no other video, which other_adapter needs.")
 
