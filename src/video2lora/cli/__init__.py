@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import ask, compose, demo, env, import_checkpoint, inspect, internalize, teach, train
+from . import ask, benchmark, compose, demo, env, evaluate, import_checkpoint, inspect, internalize, teach, train
 from ._errors import reports_errors
 
 __all__ = ["app", "main"]
@@ -28,6 +28,8 @@ app.command("import-checkpoint", no_args_is_help=True)(reports_errors(import_che
 app.command("demo")(reports_errors(demo.demo))
 app.command("teach", no_args_is_help=True)(reports_errors(teach.teach))
 app.command("train", no_args_is_help=True)(reports_errors(train.train))
+app.command("benchmark", no_args_is_help=True)(reports_errors(benchmark.benchmark))
+app.command("evaluate", no_args_is_help=True)(reports_errors(evaluate.evaluate))
 app.command("env")(reports_errors(env.env))
 
 
