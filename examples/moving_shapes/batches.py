@@ -33,6 +33,7 @@ IGNORE = -100
 FRAMES = 12
 LONG = ("caption", "summary")
 SHORT = tuple(task for task in TASKS if task not in LONG)
+TURNS_WIDTH = 240
 TURN = "<end_of_utterance>\nAssistant:"
 
 
@@ -108,7 +109,7 @@ class ShapesBatches(Dataset):
         self,
         tokenizer: PreTrainedTokenizerFast,
         split: str = "train",
-        tokens: int = 120_000,
+        tokens: int = 144_000,
         turns: int = 7,
         seed: int = 0,
         varied: bool = True,
@@ -125,11 +126,12 @@ class ShapesBatches(Dataset):
         draw = random.Random(f"{self.seed}/{self.split}/{number}")
         form = draw_form(draw) if self.varied else Form()
         prefix = self.prefixes(form)
-        clips = max(1, self.tokens // (len(prefix) + 22 * self.turns + 20))
+        length = padded_length(len(prefix))
+        clips = max(1, self.tokens // length)
         # a clip is never seen twice: the numbers of two batches do not meet
         scenes = [make_scene(number * 4096 + i, self.split, seed=self.seed) for i in range(clips)]
         rows = [self._turns(scene, draw) for scene in scenes]
-        batch = join_turns(rows, len(prefix))
+        batch = join_turns(rows, len(prefix), length - len(prefix))
         return batch | {"prefix": torch.tensor(prefix), "scenes": SceneBatch.from_scenes(scenes), "form": form}
 
     def validation_batch(self, number: int) -> tuple[dict[str, Any], list[str]]:
@@ -183,14 +185,21 @@ def draw_form(draw: random.Random) -> Form:
     return Form(FRAMES if edge <= 2 * PIXELS else 6, seconds, edge)
 
 
-def join_turns(rows: Sequence[Sequence[tuple[list[int], list[int], bool]]], prefix: int) -> dict[str, Tensor]:
+def padded_length(prefix: int) -> int:
+    """Tokens of a clip with its turns: few different numbers, since attention is planned anew for each."""
+    return -(-(prefix + TURNS_WIDTH) // 64) * 64
+
+
+def join_turns(
+    rows: Sequence[Sequence[tuple[list[int], list[int], bool]]], prefix: int, width: int | None = None
+) -> dict[str, Tensor]:
     """The turns of each clip one after the other, padded: tokens, segments, positions and labels `[clips, tokens]`.
 
     Every turn is a continuation of its own of the clip's prefix: it sees the prefix (if the clip is in its context)
-    and itself, at the positions it would have alone.
+    and itself, at the positions it would have alone. Turns that do not fit into `width` are left out.
     """
-    width = max(sum(len(q) + len(a) for q, a, _ in row) for row in rows)
-    width += -(prefix + width) % 16
+    if width is None:
+        width = max(sum(len(q) + len(a) for q, a, _ in row) for row in rows)
     shape = (len(rows), width)
     tokens = torch.zeros(shape, dtype=torch.long)
     segments, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -199,6 +208,8 @@ def join_turns(rows: Sequence[Sequence[tuple[list[int], list[int], bool]]], pref
         at = 0
         for number, (prompt, answer, seen) in enumerate(row, start=1):
             ids = prompt + answer
+            if at + len(ids) > width:
+                continue
             span = slice(at, at + len(ids))
             tokens[r, span] = torch.tensor(ids)
             segments[r, span] = number if seen else -number

@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
-    parser.add_argument("--tokens", type=int, default=120_000, help="tokens a batch")
+    parser.add_argument("--tokens", type=int, default=144_000, help="tokens a batch")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--validation", type=int, default=1024, help="clips")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(options.output)
     trainer = VlmTrainer(build_vlm(tokenizer, options.seed).to(device), options.steps, options.learning_rate)
@@ -60,10 +61,10 @@ def main() -> None:
     for batch in loader:
         shown.append(trainer.train_step(batch, device))
         clips += len(batch["tokens"])
-        if trainer.step % 100 == 0:
+        if trainer.step % 200 == 0:
             loss = torch.stack(shown).nanmean().item()
             spent = time.monotonic() - since
-            print(f"step {trainer.step} loss {loss:.4f} {100 / spent:.1f} steps/s {clips / spent:.0f} clips/s", flush=True)
+            print(f"step {trainer.step} loss {loss:.4f} {200 / spent:.1f} steps/s {clips / spent:.0f} clips/s", flush=True)
             clips, shown, since = 0, [], time.monotonic()
         if time.monotonic() - started > 60 * options.minutes:
             break
@@ -133,9 +134,9 @@ class VlmTrainer:
         model, inner = self.model, self.model.model
         half = device.type == "cuda"
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            features = self.visual_features(batch["scenes"], batch["form"]).float()
+            features = self.visual_features(batch["scenes"], batch["form"])
             embed = inner.text_model.get_input_embeddings()
-            embeds = embed(torch.cat([prefix.expand(clips, -1), tokens], 1))
+            embeds = embed(torch.cat([prefix.expand(clips, -1), tokens], 1)).to(features.dtype)
             visual = (prefix == model.config.image_token_id).nonzero()[:, 0]
             embeds = embeds.index_copy(1, visual, features)
             positions = torch.cat([torch.arange(start, device=device).expand(clips, -1), moved["positions"]], 1)
@@ -219,7 +220,7 @@ def validate(
     """
     trainer.model.eval()
     right: dict[str, list[float]] = {}
-    data = ShapesBatches(tokenizer, split="validation", tokens=120_000, seed=0, varied=False)
+    data = ShapesBatches(tokenizer, split="validation", tokens=144_000, seed=0, varied=False)
     seen = 0
     for number in range(10_000):
         batch, tasks = data.validation_batch(number)
