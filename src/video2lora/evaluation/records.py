@@ -85,6 +85,11 @@ class EvaluationRun:
         """Videos, or spans of them, that were asked about, unreadable ones included."""
         return len(set(self.records["sample_id"].to_pylist()))
 
+    def num_questions(self, task: str | None = None) -> int:
+        """Questions of a task, or all, unanswerable ones included."""
+        pairs = zip(self.records["condition"].to_pylist(), self.records["task"].to_pylist(), strict=True)
+        return sum(condition == self.conditions[0] and task in (None, kind) for condition, kind in pairs)
+
     @property
     def errors(self) -> dict[str, str]:
         """What was wrong with each video that could not be read, by sample id."""

@@ -144,10 +144,11 @@ def run_settings(
         "format_version": FORMAT_VERSION,
         "benchmark": {
             **{name: getattr(spec, name) for name in ("name", "version", "title", "dataset", "revision")},
-            **{name: getattr(benchmark, name) for name in ("split", "seed", "num_available", "tasks", "digest")},
+            **{name: getattr(benchmark, name) for name in ("split", "seed", "num_available", "tasks")},
             "num_samples": len(benchmark),
             "num_questions": sum(len(sample.questions) for sample in benchmark),
             "skipped": dict(benchmark.skipped),
+            "digest": benchmark.digest,  # last: a difference is told by what people understand
         },
         "model": {
             "id": model.name_or_path or None,

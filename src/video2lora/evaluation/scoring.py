@@ -20,18 +20,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a condition compares with the baseline in one metric that has a declared margin.
+    """How a condition compares with the baseline in one metric that has a declared margin, over all questions.
 
     Attributes:
         metric, condition, baseline: names.
-        task: None for all questions together.
         comparison: effect, interval and verdicts.
     """
 
     metric: str
     condition: str
     baseline: str
-    task: str | None
     comparison: PairedComparison
 
 
@@ -85,38 +83,32 @@ def check_metrics(metrics: Sequence[str], judge: Judge | None) -> None:
             raise EvaluationError(f"the metric {name!r} needs judge=Judge(...), a model and its endpoint.")
 
 
-def verdicts(run: EvaluationRun, *, by_task: bool = False) -> list[Verdict]:
-    """Compare every condition with the baseline in every metric that has a declared margin; videos are resampled.
+def verdicts(run: EvaluationRun) -> list[Verdict]:
+    """Compare every condition with the baseline in every metric that has a declared margin.
 
-    Args:
-        run: a finished run.
-        by_task: also for each task by itself, behind all together.
+    Whole videos are resampled. Nothing is said where fewer than two of them have a score in both.
     """
     from .metrics import METRICS
     from .statistics import compare
 
     baseline, found = run.settings["baseline"], []
-    tasks: list[str | None] = [None, *(run.tasks if by_task and len(run.tasks) > 1 else ())]
     if baseline not in run.conditions:
         return []
     for metric, margin in run.settings["margins"].items():
-        if metric not in run.metrics:
-            continue
-        for condition in run.conditions:
-            for task in tasks if condition != baseline else ():
-                candidate, reference, samples = run.paired_scores(metric, condition, baseline, task)
-                if len(set(samples)) < 2:
-                    continue  # nothing can be said of one video
-                comparison = compare(
-                    candidate,
-                    reference,
-                    margin=margin,
-                    alpha=run.settings["alpha"],
-                    clusters=samples,
-                    seed=run.settings["seed"],
-                    higher_is_better=METRICS[metric].higher_is_better,
-                )
-                found.append(Verdict(metric, condition, baseline, task, comparison))
+        for condition in run.conditions if metric in run.metrics else ():
+            candidate, reference, samples = run.paired_scores(metric, condition, baseline)
+            if condition == baseline or len(set(samples)) < 2:
+                continue
+            comparison = compare(
+                candidate,
+                reference,
+                margin=margin,
+                alpha=run.settings["alpha"],
+                clusters=samples,
+                seed=run.settings["seed"],
+                higher_is_better=METRICS[metric].higher_is_better,
+            )
+            found.append(Verdict(metric, condition, baseline, comparison))
     return found
 
 
