@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 PALETTE = {
-    "red": (230, 35, 35), "orange": (255, 145, 0), "yellow": (250, 240, 60), "green": (30, 180, 50),
+    "red": (230, 35, 35), "orange": (255, 130, 0), "yellow": (250, 230, 20), "green": (30, 180, 50),
     "cyan": (50, 225, 235), "blue": (45, 85, 255), "purple": (170, 60, 220), "white": (250, 250, 250),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -178,7 +178,10 @@ def _cover(part: np.ndarray) -> tuple[np.ndarray | None, str]:
     if bright.max() < 120:
         return None, ""
     ground = np.median(part[bright < 62], axis=0)
-    core = part[np.abs(part - ground).sum(axis=2) >= 0.97 * np.abs(part - ground).sum(axis=2).max()].mean(axis=0)
+    changed = np.abs(part - ground).sum(axis=2) * (bright > 70)
+    ys, xs = np.mgrid[: part.shape[0], : part.shape[1]]
+    # the colour of its centre: H.264 keeps colours at half the resolution, so edges are mixed
+    core = part[round((changed * ys).sum() / changed.sum()), round((changed * xs).sum() / changed.sum())]
     name = min(PALETTE, key=lambda colour: float(np.abs(core - PALETTE[colour]).sum()))
     step = np.array(PALETTE[name]) - ground
     cover = ((part - ground) @ step / (step @ step)).clip(0, 1)

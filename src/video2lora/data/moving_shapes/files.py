@@ -110,7 +110,9 @@ def _write_video(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with av.open(str(part), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+            # Without it, x264's bytes differ from run to run, by what happens to lie in its memory.
+            options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
+            stream = container.add_stream("libx264", rate=fps, options=options)
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
             for frame in frames:

@@ -23,8 +23,8 @@ MAX_EVENTS, MAX_FLASHING, MAX_FLASHES = 4, 2, 3  # events (appear, disappear) an
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (230, 35, 35),
-    "orange": (255, 145, 0),
-    "yellow": (250, 240, 60),
+    "orange": (255, 130, 0),
+    "yellow": (250, 230, 20),
     "green": (30, 180, 50),
     "cyan": (50, 225, 235),
     "blue": (45, 85, 255),
