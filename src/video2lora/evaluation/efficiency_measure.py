@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-SECONDS_A_MEASUREMENT = 1.5
+SECONDS_A_MEASUREMENT = 1.0
 """A measurement takes no more runs once it has taken so long, but two at least."""
-UNWARMED_SECONDS = 2.0
+UNWARMED_SECONDS = 1.5
 """A run that takes so long counts although it is the first: what warming up costs is lost in it."""
 
 Timing = dict[str, float]

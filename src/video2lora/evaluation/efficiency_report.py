@@ -42,8 +42,9 @@ def report(results: Results) -> str:
         "## Before the device: decoding and preprocessing",
         _cpu(results),
         "## From how many questions on an adapter takes less time",
-        f"On the device, whole answers of {1 + settings['new_tokens']} tokens; attached / merged (merging included). "
-        "The first question with a reused cache is answered cold and leaves it.",
+        f"On the device: by whole answers of {1 + settings['new_tokens']} tokens, and by the time to the first token "
+        "alone; attached / merged (merging included). The first question with a reused cache is answered cold and "
+        "leaves it.",
         _break_even(results),
         _verdict(results),
     ]
@@ -149,19 +150,20 @@ def _cpu(results: Results) -> str:
 
 
 def _break_even(results: Results) -> str:
-    header = ["frames", "resolution", "against cold", "against cached frames", "against the KV cache"]
+    rivals = {"video_cold": "cold", "video_cached": "cached frames", "kv_cache": "KV cache"}
+    header = ["frames", "resolution", *rivals.values(), *(f"{rival}, first token" for rival in rivals.values())]
     header.append("KV / adapter bytes")
     adapter = (results.rows.get(query_key("adapter_attached")) or {}).get("adapter_bytes")
     rows = []
     for cell, columns in cases_of(results):
-        costs = results.costs(cell)
-        if "adapter_attached" not in costs or "video_cold" not in costs:
+        if "adapter_attached" not in results.costs(cell) or "video_cold" not in results.costs(cell):
             continue
         line = [f"{cell.frames:,}", columns]
-        for rival in ("video_cold", "video_cached", "kv_cache"):
-            ours = ("adapter_attached", "adapter_merged")
-            both = [break_even(costs[name], costs[rival]) for name in ours if name in costs and rival in costs]
-            line.append(" / ".join("never" if n is None else f"{n:,}" for n in both) or NONE)
+        for costs in (results.costs(cell), results.costs(cell, more_tokens=0)):
+            for rival in rivals:
+                ours = ("adapter_attached", "adapter_merged")
+                both = [break_even(costs[name], costs[rival]) for name in ours if name in costs and rival in costs]
+                line.append(" / ".join("never" if n is None else f"{n:,}" for n in both) or NONE)
         cache = results.get(cell, "kv_cache", "kv_cache_bytes")
         line.append(NONE if not adapter or not cache else f"{cache / adapter:,.0f}x")
         rows.append(line)

@@ -93,17 +93,22 @@ class Results:
         prepare = _median(self.rows.get(preprocess_key(cell.path, cell.frames, cell.longest_edge)), "seconds")
         return None if decode is None or prepare is None else decode + prepare
 
-    def costs(self, cell: Cell) -> dict[str, Cost]:
-        """What questions about a video take on the device, answers of `1 + new_tokens` tokens, frames at hand.
+    def costs(self, cell: Cell, more_tokens: int | None = None) -> dict[str, Cost]:
+        """What questions about a video take on the device, frames at hand.
 
         The first question with a reused cache is answered as without one, and leaves it.
+
+        Args:
+            cell: the video.
+            more_tokens: of an answer after its first; `new_tokens` by default.
 
         Returns:
             Once for the video, and for each question, by condition; without those that were not measured.
         """
         cold, encode = (self.seconds(cell, "video_cold", name) for name in ("first_token", "encode"))
         cached, reused = (self.seconds(cell, name) for name in ("video_cached", "kv_cache"))
-        rest, tokens = self.seconds(cell, "kv_cache", "per_token"), self.settings["new_tokens"]
+        tokens = self.settings["new_tokens"] if more_tokens is None else more_tokens
+        rest = self.seconds(cell, "kv_cache", "per_token")
         making = self.seconds(cell, "internalize", "seconds")
         costs: dict[str, Cost] = {}
         if cold is not None and rest is not None:
