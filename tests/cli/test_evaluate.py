@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from video2lora.cli import evaluate as command
 from video2lora.evaluation.judge import Judge
 from video2lora.evaluation.records import TIMES, read_run
+from video2lora.evaluation.report_document import without_times
 from video2lora.testing import tiny_clip
 
 HELP = """
@@ -27,6 +29,14 @@ except SystemExit as end:
     assert not end.code
 heavy = {"torch", "transformers", "accelerate", "datasets", "evaluate", "av", "numpy", "pyarrow"} & set(sys.modules)
 assert not heavy, heavy
+"""
+SLOW = """
+import time
+from _video2lora_cli import main
+from video2lora.evaluation.journal import RunFolder
+append = RunFolder.append
+RunFolder.append = lambda *arguments: (append(*arguments), time.sleep(1))
+main()
 """
 SETTINGS = ("--num-frames", 4, "--max-new-tokens", 6, "--batch-size", 2, "--device", "cpu")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "video2lora"]
@@ -110,6 +120,41 @@ def test_two_processes_equal_one(run: Callable[..., Any], model_dir: Path, rows_
     records = [read_run(tmp_path / name).records.drop_columns(TIMES) for name in ("one", "two")]
     assert records[0].equals(records[1])
     assert json.loads(two.stdout)["scores"] == document["scores"]
+
+
+def test_killed_and_started_again_the_report_is_the_same(
+    run: Callable[..., Any], model_dir: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", model_dir, "-b", rows_file, *SETTINGS, "--max-bad-fraction", 0.5]
+    arguments += ["--conditions", "video,adapter"]
+    assert run(*arguments, "-o", tmp_path / "whole").exit_code == 0
+    part = tmp_path / "killed" / "answers" / "part-00000.jsonl"
+    command = [sys.executable, "-c", SLOW, *arguments, "-o", tmp_path / "killed"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (part.exists() and part.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "killed" / "records.parquet").exists()
+    assert run(*arguments, "-o", tmp_path / "killed").exit_code == 0
+    whole, killed = (_report(tmp_path / name) for name in ("whole", "killed"))
+    assert whole == killed and "report.md" in whole and "report.html" in whole
+
+
+def _report(folder: Path) -> dict[str, str | bytes]:
+    """All files of the report but a plot of times, without the section of times and the date."""
+    date = read_run(folder).settings["environment"]["date"]
+    files: dict[str, str | bytes] = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.suffix in (".md", ".html"):
+            files[name] = without_times(path.read_text(encoding="utf-8")).replace(date, "DATE")
+        elif path.suffix in (".png", ".jpg") and path.name != "amortisation.png":
+            files[name] = path.read_bytes()
+    return files
 
 
 def _launch(launch: list[str], *arguments: object) -> Any:

@@ -492,6 +492,7 @@ def test_samples_that_would_fail_in_the_middle_are_refused_at_the_start(
         ((first, first), "two samples"),
         ((first, replace(benchmark[1], questions=first.questions)), "two questions"),
         ((replace(first, questions=()),), "has no question"),
+        ((first,), "one video.*other_adapter"),
         ((replace(first, questions=(replace(first.questions[0], prompt="in <video>"),)),), "<video>"),
     ):
         with pytest.raises(EvaluationError, match=named):

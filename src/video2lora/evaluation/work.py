@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -56,6 +57,11 @@ class Work:
         decoding: Decoding,
     ) -> None:
         _check_samples(samples)
+        if any(condition.needs_partner for condition in conditions) and not _several_videos(samples):
+            raise EvaluationError(
+                "all samples are about one video, and there is no other whose adapter could be tried: leave out the "
+                "condition other_adapter, or take more samples."
+            )
         self.processor, self.samples, self.conditions, self.decoding = processor, samples, conditions, decoding
         self.groups = plan_groups([len(sample.questions) for sample in samples], decoding.batch_size)
 
@@ -207,3 +213,9 @@ def _check_samples(samples: Sequence[Sample]) -> None:
                     f"question {question.id!r} has {found[0]} in its prompt, but the video has its own place: take it "
                     "out."
                 )
+
+
+def _several_videos(samples: Sequence[Sample]) -> bool:
+    """Whether there are two videos in two places."""
+    videos = [sample.video for sample in samples]
+    return len({os.fspath(v) if isinstance(v, (str, os.PathLike)) else id(v) for v in videos}) > 1
