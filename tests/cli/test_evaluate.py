@@ -185,6 +185,18 @@ def test_a_table_and_verdicts_tell_what_came_out(
     assert again.exit_code == 0 and again.stdout == done.stdout
 
 
+def test_without_the_extra_there_are_scores(
+    run: Callable[..., Any], model_dir: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("scipy", "scipy.stats", "scipy.special", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    arguments = ["evaluate", model_dir, "-b", rows_file, *SETTINGS, "--max-bad-fraction", 0.5, "-o", tmp_path / "run"]
+    done = run(*arguments, "--conditions", "video,adapter")
+    assert done.exit_code == 0, done.stderr
+    assert "there are no verdicts" in done.stderr and "there is no report" in done.stderr
+    assert "video2lora[evaluation]" in done.stderr and "adapter" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

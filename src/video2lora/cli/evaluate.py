@@ -252,14 +252,23 @@ def _write_report(folder: Path, benchmark: Benchmark) -> list[Path]:
     try:
         return write_report(folder, samples=benchmark)
     except ImportError as error:
-        typer.echo(f"warning: there is no report: {error}", err=True)
+        typer.echo(f"warning: there is no report: {error}; then run the same command again", err=True)
+        return []
+
+
+def _verdicts(run: EvaluationRun) -> list[Verdict]:
+    """Verdicts against the declared margins; none where a library for them is missing."""
+    from ..evaluation.scoring import verdicts
+
+    try:
+        return verdicts(run)
+    except ImportError as error:
+        typer.echo(f"warning: there are no verdicts: {error}; then run the same command again", err=True)
         return []
 
 
 def _show(run: EvaluationRun, files: list[Path], json: bool) -> None:
-    from ..evaluation.scoring import verdicts
-
-    scores, found = _scores(run), verdicts(run)
+    scores, found = _scores(run), _verdicts(run)
     unscored = {metric: count for metric in run.settings["metrics"] if (count := run.unscored(metric))}
     if json:
         print_json(
