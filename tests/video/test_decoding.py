@@ -325,3 +325,68 @@ def test_nothing_of_a_decoder_waits_for_the_garbage_collector(cfr: Path):
         assert len(list(Path("/proc/self/task").iterdir())) == before
     finally:
         gc.enable()
+
+
+# --- frames that nobody asks for and no other refers to -------------------------------------------------------------
+
+LEFT_OUT = {
+    "pyramid.mp4": dict(num_frames=120, gop_size=250, b_frames=8, options={"b-pyramid": "normal", "refs": "4"}),
+    "no-reference.mp4": dict(num_frames=90, gop_size=30, b_frames=3, options={"b-pyramid": "none"}),
+    "open-groups.mp4": dict(num_frames=90, gop_size=12, b_frames=3, options={"open-gop": "1", "bf": "3"}),
+    "temporal.mkv": dict(num_frames=90, gop_size=40, b_frames=4, options={"direct": "temporal", "weightb": "1"}),
+    "open-groups.ts": dict(num_frames=90, gop_size=12, b_frames=3, options={"open-gop": "1"}),
+    "ten-bit.mp4": dict(num_frames=60, gop_size=30, b_frames=3, pix_fmt="yuv420p10le"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_leaving_frames_out_changes_none_of_the_others(name, tmp_path, monkeypatch):
+    """Reads of every kind, one after the other, pixel for pixel; and fewer frames are decoded."""
+    path = write_clip(tmp_path / name, **LEFT_OUT[name], seed=3)
+    full = load_video(path).frames
+    runs: list[decoder._Run] = []
+    monkeypatch.setattr(decoder.VideoDecoder, "_run_from", _recording(decoder.VideoDecoder._run_from, runs))
+    draw = np.random.default_rng(1)
+    with VideoReader(path) as reader:
+        for _ in range(25):
+            count = int(draw.choice([1, 2, 5, 12, 30]))
+            indices = np.sort(draw.choice(len(full), count, replace=False))
+            frames, got, errors = reader._frames.read(indices, reader._convert)
+            assert got.tolist() == indices.tolist() and errors == 0
+            assert np.array_equal(frames, full[indices])
+    assert any(run.left_out for run in runs)
+
+
+def test_fewer_frames_are_decoded(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", 200, gop_size=250, b_frames=4, options={"b-pyramid": "none"})
+    given: list[int] = []
+    decoded = decoder._Run._decoded
+    monkeypatch.setattr(decoder._Run, "_decoded", lambda *args: (given.append(1) or frame for frame in decoded(*args)))
+    assert numbers_in(load_video(path, num_frames=3).frames) == [0, 99, 199]
+    assert len(given) < 120
+    given.clear()
+    monkeypatch.setattr(decoder, "_SKIPS_NONREF", ())
+    load_video(path, num_frames=3)
+    assert len(given) == 200
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_a_damaged_file_the_same_frames_come(seed, tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", 60, gop_size=20, b_frames=3, seed=seed)
+    data, draw = bytearray(path.read_bytes()), np.random.default_rng(seed)
+    for place in draw.integers(len(data) // 8, len(data) // 2, 3):
+        data[place : place + 40] = draw.bytes(40)
+    path.write_bytes(data)
+    got = load_video(path, num_frames=6)
+    monkeypatch.setattr(decoder, "_SKIPS_NONREF", ())
+    expected = load_video(path, num_frames=6)
+    assert got.timestamps == expected.timestamps
+    assert np.array_equal(got.frames, expected.frames)
+
+
+def _recording(method, runs):
+    def run_from(self, key):
+        runs.append(method(self, key))
+        return runs[-1]
+
+    return run_from

@@ -18,6 +18,9 @@ from .sources import VideoSource, best_video_stream
 # A seek throws away what the decoder's threads hold; to skip fewer packets than this it is cheaper to decode them.
 _MIN_SKIP = 8
 
+# Codecs of which frames that no other refers to can be left undecoded without any other frame coming out differently.
+_SKIPS_NONREF = ("h264",)
+
 Frames: TypeAlias = tuple[np.ndarray, np.ndarray, int]
 """What a `read` gives: frames uint8 [k, height, width, 3], their k indices, and how much was damaged on the way."""
 
@@ -51,6 +54,9 @@ class VideoDecoder:
         self._run: _Run | None = None
         self._before: _Shown | None = None  # the last frame seen before the run began
         self._searched: int | None = None  # up to this time nothing better than what was returned can be had
+        self.wanted: frozenset[int] = frozenset()
+        """Times of the frames that this `read` asks for, if others may be left undecoded up to `wanted_until`."""
+        self.wanted_until: int | None = None
 
     def read(self, indices: Sequence[int] | np.ndarray, convert: FrameConverter) -> Frames:
         """Decode the frames at `indices` (ascending), each converted as it comes.
@@ -108,7 +114,7 @@ class VideoDecoder:
     def _forget(self) -> None:
         if self._run is not None:
             self._run.frames.close()
-        self._run = self._before = self._searched = None
+        self._run = self._before = self._searched = self.wanted_until = None
 
     def _run_from(self, key: int) -> _Run:
         """Begin to decode anew. The run before is closed: its generators refer to themselves, so it would live, and
@@ -123,7 +129,12 @@ class VideoDecoder:
         damaged: set[int] = set()
         out: np.ndarray | None = None
         got: list[int] = []
-        for target in self.index.pts[np.asarray(indices, dtype=np.int64)].tolist():
+        targets = self.index.pts[np.asarray(indices, dtype=np.int64)].tolist()
+        # on one thread there is damage, and which frames conceal it must not depend on what is asked for
+        skips = self._threads != 1 and not self.index.counted
+        skips = skips and self.stream.codec_context.codec.canonical_name in _SKIPS_NONREF
+        self.wanted, self.wanted_until = frozenset(targets), max(targets, default=None) if skips else None
+        for target in targets:
             found = self._shown_at(target, damaged)
             if found is None:
                 continue
@@ -154,6 +165,11 @@ class VideoDecoder:
             self._before = run.last or self._before
             run = self._run_from(key)
         run.advance(target, damaged)
+        if run.left_out and (run.last is None or run.last.pts != target):
+            # left undecoded for an earlier read, or lost: decode everything
+            self.wanted_until = None
+            run = self._run_from(key)
+            run.advance(target, damaged)
         # Nothing decodes from that keyframe on: look further and further back, but nowhere twice.
         known = 0 if self._searched is None else self.index.key_for(self._searched)
         step = 1
@@ -177,6 +193,8 @@ class _Run:
         self.frames = self._decode(stream_packets)
         self.last: _Shown | None = None
         """The frame on display at the last target."""
+        self.left_out = False
+        """Whether packets were sent whose frames the decoder may leave undecoded."""
         self._ahead: _Shown | None = None
         self._reached: int | None = None
         self._damaged: set[int] = set()
@@ -234,7 +252,7 @@ class _Run:
                 self._note_damage(time)
             previous = time
             yield _Shown(time, frame)
-        if previous < pts[-1] and self._decoder._threads != 1:
+        if previous < pts[-1] and self._decoder._threads != 1 and not self.left_out:
             raise _Damage  # emptying its buffers, PyAV 18 keeps an error to itself and drops the frames behind it
 
     def _decoded(self, stream_packets: Iterable[av.Packet | None], earliest: int) -> Iterator[av.VideoFrame]:
@@ -243,6 +261,7 @@ class _Run:
             if packet is None:
                 continue  # unreadable; the index has counted it
             self.packet += 1
+            self._leave_out(packet)
             try:
                 yield from self._decoder.stream.decode(packet)
             except av.FFmpegError:
@@ -252,6 +271,14 @@ class _Run:
             yield from self._decoder.stream.decode(None)
         except av.FFmpegError:
             self._note_damage(int(self._index.pts[-1]) + 1)
+
+    def _leave_out(self, packet: av.Packet) -> None:
+        """Have the decoder skip this packet's frame if nobody asks for it and no other frame refers to it."""
+        # what lies behind the last one wanted may be wanted next: the decoder is sent packets ahead of what it gives
+        until, time = self._decoder.wanted_until, packet.pts
+        skip = until is not None and time is not None and time < until and time not in self._decoder.wanted
+        self.left_out |= skip
+        self._decoder.stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
 
     def _note_damage(self, time: int) -> None:
         if self._decoder._threads != 1:
