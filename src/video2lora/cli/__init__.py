@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from . import ask, benchmark, compose, demo, env, evaluate, import_checkpoint, inspect, internalize, teach, train
+from . import (
+    ask,
+    benchmark,
+    compose,
+    demo,
+    env,
+    evaluate,
+    import_checkpoint,
+    inspect,
+    internalize,
+    report,
+    teach,
+    train,
+)
 from ._errors import reports_errors
 
 __all__ = ["app", "main"]
@@ -30,6 +43,7 @@ app.command("teach", no_args_is_help=True)(reports_errors(teach.teach))
 app.command("train", no_args_is_help=True)(reports_errors(train.train))
 app.command("benchmark", no_args_is_help=True)(reports_errors(benchmark.benchmark))
 app.command("evaluate", no_args_is_help=True)(reports_errors(evaluate.evaluate))
+app.command("report", no_args_is_help=True)(reports_errors(report.report))
 app.command("env")(reports_errors(env.env))
 
 
