@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from video2lora.modeling import Video2LoraModel
 from video2lora.modeling.hypernetwork import Padding
 from video2lora.modeling.published import convert_state_dict
 
-PARITY = Path(__file__).parents[1] / "parity"
+from ..parity.model import PARITY, parity_model
+
 CASES = ["r4_down", "r16_down"]
 
 
@@ -31,26 +30,7 @@ def inputs() -> dict[str, torch.Tensor]:
 def case(request):
     """One stored case: our model with its parameters, and its stored outputs."""
     directory = PARITY / request.param
-    stored = json.loads((directory / "case.json").read_text())
-    model = Video2LoraModel.from_vlm(
-        PARITY / "tiny_vlm",
-        dtype=torch.float32,
-        rank=stored["lora_r"],
-        target_modules=stored["target_modules_sorted"],
-        latent_size=stored["latent_size"],
-        num_latents=stored["n_latent_queries"],
-        num_blocks=stored["num_blocks"],
-    )
-    assert model.config.lora_scaling == stored["lora_scaling_multiplier"]
-    published = {k: v.float() for k, v in load_file(directory / "hypernet.safetensors").items()}
-    state = convert_state_dict(
-        published,
-        target_modules=model.config.target_modules,
-        in_features=model.targets.in_features,
-        out_features=model.targets.out_features,
-    )
-    model.hypernetwork.load_state_dict(state)
-    assert sum(p.numel() for p in model.hypernetwork.parameters()) == stored["hypernet_params"]
+    model = parity_model(request.param)
     outputs = load_file(directory / "outputs.safetensors")
     return SimpleNamespace(directory=directory, config=model.config, model=model, outputs=outputs)
 
@@ -185,9 +165,7 @@ def check_gradients(case) -> None:
 def to_published(ours: dict[str, torch.Tensor], case) -> dict[str, torch.Tensor]:
     """Our tensors under the published names, found by converting a state dict of numbered tensors."""
     published = load_file(case.directory / "hypernet.safetensors")
-    numbered = {
-        name: torch.full(tensor.shape, float(index)) for index, (name, tensor) in enumerate(published.items())
-    }
+    numbered = {name: torch.full(tensor.shape, float(index)) for index, (name, tensor) in enumerate(published.items())}
     converted = convert_state_dict(
         numbered,
         target_modules=case.config.target_modules,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from video2lora.testing import save_tiny_vlm
 from video2lora.trainer.checkpoints import MARKER, is_complete, last_complete_checkpoint, mark_complete
@@ -63,6 +64,22 @@ def test_killed_in_a_step(step, workers, settings, unstopped, tmp_path):
     assert_same(saved(tmp_path / "resumed"), unstopped[0])
     log = json.loads((tmp_path / "resumed/log.json").read_text())
     assert [entry["loss"] for entry in log if "loss" in entry] == unstopped[1]
+
+
+@pytest.mark.parametrize(("step", "workers"), [(2, 0), (3, 0), (5, 0), (6, 2), (7, 0)])
+def test_a_stream_killed_in_any_pass(step, workers, settings, tmp_path):
+    """Three steps a pass, the last of one batch; shuffled anew in each; killed in and between the passes."""
+    columns = ("id", "video", "conversations")
+    rows = Dataset.from_list([{name: row[name] for name in columns} for row in settings["rows"][:5]])
+    stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=3)
+    settings = settings | {"rows": stream, "max_steps": 8, "dataloader_num_workers": workers}
+    del settings["num_train_epochs"]
+    unstopped = train(settings, output=str(tmp_path / "unstopped"), save_strategy="no")
+    settings |= {"output": str(tmp_path / "run")}
+    assert launch(run_training, tmp_path / "killed", settings=settings | {"kill_step": step}) == [-9]
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / f"run/checkpoint-{step}")
+    succeed(run_training, tmp_path / "resumed", settings=settings | {"resume": True})
+    assert_same(saved(tmp_path / "resumed"), weights(unstopped.model))
 
 
 @pytest.mark.parametrize("writer", WRITERS)

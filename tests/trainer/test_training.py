@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +15,10 @@ from transformers import HfArgumentParser, TrainerCallback
 
 from video2lora.data import DatasetError
 from video2lora.modeling import Video2LoraModel, Video2LoraProcessor
-from video2lora.modeling.published import convert_state_dict
 from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
 
+from ..parity.model import PARITY, parity_model
 from .runs import ARGUMENTS, SGD, assert_near, assert_same, losses, make_model, make_trainer, weights
-
-PARITY = Path(__file__).parents[1] / "parity"
 
 
 class Gradients(TrainerCallback):
@@ -72,26 +69,6 @@ def test_every_parameter_of_the_hypernetwork_moves_and_nothing_of_the_base(
 
 
 # --- the same numbers as a plain loop ------------------------------------------------------------------------------
-
-
-def parity_model() -> Video2LoraModel:
-    """The published implementation's stored model."""
-    stored = json.loads((PARITY / "r4_down/case.json").read_text())
-    model = Video2LoraModel.from_vlm(
-        PARITY / "tiny_vlm",
-        dtype=torch.float32,
-        rank=stored["lora_r"],
-        target_modules=stored["target_modules_sorted"],
-        latent_size=stored["latent_size"],
-        num_latents=stored["n_latent_queries"],
-        num_blocks=stored["num_blocks"],
-    )
-    published = {k: v.float() for k, v in load_file(PARITY / "r4_down/hypernet.safetensors").items()}
-    widths = {"in_features": model.targets.in_features, "out_features": model.targets.out_features}
-    model.hypernetwork.load_state_dict(
-        convert_state_dict(published, target_modules=model.config.target_modules, **widths)
-    )
-    return model
 
 
 class ParityBatches:
@@ -169,9 +146,11 @@ def test_the_first_steps_on_the_parity_model_are_those_of_a_plain_loop(tiny_vlm_
     )  # fmt: skip
     rows = [{"id": str(i), "video": "stored.mp4", "prompt": "p", "response": "r"} for i in range(12)]
     processor = Video2LoraProcessor.from_config(make_model(tiny_vlm_dir).config)
-    trainer = Video2LoraTrainer(parity_model(), args, rows, processing_class=processor, data_collator=collator)
+    trainer = Video2LoraTrainer(
+        parity_model("r4_down"), args, rows, processing_class=processor, data_collator=collator
+    )
     trainer.train()
-    plain = parity_model()
+    plain = parity_model("r4_down")
     expected = plain_loop(plain, collator.given[:12], accumulate=2, warmup=2)
     assert losses(trainer) == pytest.approx(expected["loss"], rel=1e-6)
     assert losses(trainer, "grad_norm") == pytest.approx(expected["grad_norm"], rel=1e-5)
@@ -269,9 +248,7 @@ def test_gradient_checkpointing_reaches_the_perceiver_alone(tiny_vlm_dir, rows, 
         assert_near(run, runs[0], 1e-6)
 
 
-def test_an_ordinary_run_says_nothing_of_ours_and_keeps_the_configuration(
-    tiny_vlm_dir, rows, tmp_path, caplog
-):
+def test_an_ordinary_run_says_nothing_of_ours_and_keeps_the_configuration(tiny_vlm_dir, rows, tmp_path, caplog):
     model = make_model(tiny_vlm_dir)
     model.save_pretrained(tmp_path / "before")
     caplog.clear()

@@ -30,11 +30,26 @@ FIXED = (
 """Fields of the configuration that a resumed run may not change."""
 
 
-def mark_complete(folder: str | os.PathLike, step: int) -> None:
-    """Say in `folder` that everything was written to it; a folder cut short by a kill does not have this."""
+def mark_complete(folder: str | os.PathLike, step: int, position: tuple[int, int] | None = None) -> None:
+    """Say in `folder` that everything was written to it; a folder cut short by a kill does not have this.
+
+    Args:
+        folder: the checkpoint.
+        step: the global step.
+        position: passes over the data that are finished, and batches of the one begun.
+    """
     part = Path(folder) / (MARKER + ".part")
-    part.write_text(json.dumps({"global_step": step}), encoding="utf-8")
+    fields: dict[str, int] = {"global_step": step}
+    if position is not None:
+        fields |= {"passes": position[0], "batches": position[1]}
+    part.write_text(json.dumps(fields), encoding="utf-8")
     os.replace(part, Path(folder) / MARKER)
+
+
+def position_in_data(folder: str | os.PathLike) -> tuple[int, int] | None:
+    """What `mark_complete` was told of the position in the data; `None` in folders of earlier versions."""
+    fields = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+    return (fields["passes"], fields["batches"]) if "passes" in fields else None
 
 
 def mark_incomplete(folder: str | os.PathLike) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
 
 from ..data import load_rows
@@ -33,6 +33,7 @@ from .checkpoints import (
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
+    position_in_data,
 )
 from .collator import Video2LoraCollator
 from .losses import kl_per_token, kl_top_k_per_token, mean_per_query
@@ -102,7 +103,8 @@ class Video2LoraTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.num_videos = self.num_skipped = 0
         self._losses: list[Tensor] = []
-        self.add_callback(_Begin(self))
+        self.passes = _Passes(self)
+        self.add_callback(self.passes)
         self.card = add_run_callbacks(self, train_dataset, eval_dataset)
 
     # --- batches ---------------------------------------------------------------------------------------------------
@@ -267,12 +269,21 @@ class Video2LoraTrainer(Trainer):
                 raise ValueError(f"{resume_from_checkpoint} is no complete checkpoint: it was cut short, or is none.")
             check_same_model(resume_from_checkpoint, self._config())
             check_same_sharding(resume_from_checkpoint, self.is_fsdp_enabled)
+        self.passes.resumed = position_in_data(resume_from_checkpoint) if resume_from_checkpoint else None
         # Trainer would write the tokenizer's special tokens into the configuration of the base, which stays as it is
         self.processing_class = None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.processing_class = self.processor
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As the parent's, with the place in a stream, whose length it cannot know."""
+        done, batches = super()._init_training_state(*args, **kwargs)
+        if not has_length(self.train_dataset) and self.passes.resumed is not None and not self.args.ignore_data_skip:
+            done, batches = self.passes.resumed
+        self.passes.start(done, batches // self.args.gradient_accumulation_steps)
+        return done, batches
 
     def _config(self) -> Video2LoraConfig:
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -294,7 +305,7 @@ class Video2LoraTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._save_arguments(folder)
-            mark_complete(folder, self.state.global_step)
+            mark_complete(folder, self.state.global_step, self.passes.position)
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=limit,
@@ -378,21 +389,33 @@ class Video2LoraTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class _Begin(TrainerCallback):
-    """What has to be set when training, and when an epoch begins."""
+class _Passes(TrainerCallback):
+    """Counts passes over the data and tells the collator: of a stream `state.epoch` is only a share of all steps."""
 
     def __init__(self, trainer: Video2LoraTrainer) -> None:
         self.trainer = trainer
-        self.epoch = 0
+        self.resumed: tuple[int, int] | None = None
+        self._next = self._first_step = 0
+
+    def start(self, done: int, steps: int) -> None:
+        """Training begins after so many whole passes and so many steps of another."""
+        self._next, self._first_step = done, self.trainer.state.global_step - steps
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Passes finished, and batches of the one begun."""
+        steps = self.trainer.state.global_step - self._first_step
+        return self._next - 1, steps * self.trainer.args.gradient_accumulation_steps
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.processing_class = self.trainer.processor  # to be saved with every checkpoint
-        self.epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # counted here: of a stream `state.epoch` is a share of all steps
-        self.trainer.train_collator.set_epoch(self.epoch)
-        self.epoch += 1
+        self.trainer.train_collator.set_epoch(self._next)
+        self._next += 1
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._first_step = state.global_step
 
 
 def _log_skipped(messages: list[str]) -> None:
