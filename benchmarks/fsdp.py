@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from gradients import CONFIGS, prepared  # noqa: F401 - brings the tiny size
+from gradients import prepared  # which brings the tiny size
 from safetensors.torch import load_file
 from sizes import table, video_inputs
 from torch import Tensor

@@ -18,19 +18,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sizes import CONFIGS, build, table, video_inputs
+from sizes import SIZES, build, table, video_inputs
 from torch import Tensor
 
 from video2lora.modeling import Video2LoraModel
 from video2lora.modeling.hypernetwork import Padding
 
-CONFIGS.setdefault(
+SIZES.setdefault(
     "tiny",
     {
         "text_config": {
             "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
             "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 49280,
-            "rms_norm_eps": 1e-5, "pad_token_id": 2,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "pad_token_id": 2,
         },
         "vision_config": {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
                           "num_hidden_layers": 2, "patch_size": 8, "image_size": 64},
