@@ -1,17 +1,19 @@
-"""Synthetic finished runs for the tests of reports: settings and records as a run leaves them, numbers from a seed."""
+"""Synthetic finished runs for the tests of reports, numbers from a seed; and what a reader sees of a report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_it import MarkdownIt
 
 from video2lora.evaluation.records import FORMAT_VERSION, make_records, with_scores, write_records
 
 CONDITIONS = ("video", "adapter", "no_adapter", "kv_cache")
+METRICS = ("token_f1", "exact_match", "repetition", "empty")
 MEANS = {"video": 0.6, "adapter": 0.56, "no_adapter": 0.2, "kv_cache": 0.6}
 PREPARE = {"video": 0.0, "adapter": 0.5, "no_adapter": 0.0, "kv_cache": 0.9}
 ANSWER = {"video": 0.8, "adapter": 0.1, "no_adapter": 0.1, "kv_cache": 0.12}
@@ -160,4 +162,28 @@ def write_run(
     return folder
 
 
-METRICS = ("token_f1", "exact_match", "repetition", "empty")
+def table_after(text: str, title: str, number: int = 0) -> list[dict[str, str]]:
+    """Rows of the tables of Markdown behind a heading, as a reader of Markdown sees them."""
+    tokens = MarkdownIt().enable("table").parse(text[text.index(title) :])
+    tables: list[list[list[str]]] = []
+    for place, token in enumerate(tokens):
+        if token.type == "table_open":
+            tables.append([])
+        elif token.type == "tr_open":
+            tables[-1].append([])
+        elif token.type in ("td_open", "th_open"):
+            children = tokens[place + 1].children or []
+            # hard line breaks in a cell are <br>
+            tables[-1][-1].append("".join("\n" if c.content == "<br>" else c.content for c in children))
+    header, *body = tables[number]
+    return [dict(zip(header, row, strict=True)) for row in body]
+
+
+def files_of(
+    folder: Path, names: Iterable[str] = ("report.md", "report.html", "plots", "paper_verdicts.md")
+) -> dict[str, bytes]:
+    """Bytes of a report's files, without the frames."""
+    paths = [
+        p for name in names for p in ((folder / name).rglob("*") if (folder / name).is_dir() else [folder / name])
+    ]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}

@@ -198,7 +198,7 @@ def curves(
     for place in range(columns):  # where a column ends above an empty panel its numbers would be missing
         used = [axes for number, axes in enumerate(grid[:, place]) if number * columns + place < len(panels)]
         used[-1].tick_params(labelbottom=True)
-    figure.supxlabel(x_name, fontsize=9)
+        used[-1].set_xlabel(x_name, fontsize=8)  # of the figure's own name constrained layout keeps no legend away
     figure.supylabel(y_name, fontsize=9)
     figure.legend(list(handles.values()), [_label(name) for name in handles], loc="outside lower center",
                   ncols=min(4, max(len(handles), 1)), fontsize=8, frameon=False)  # fmt: skip

@@ -114,8 +114,8 @@ def _sweep_runs(run_dirs: Sequence[str | os.PathLike[str]], resamples: int) -> d
         cell = (sampling["num_frames"], sampling.get("longest_edge"))
         if cell in found:
             raise EvaluationError(
-                f"{found[cell].run.path} and {run.path} have the same frames ({_cell_name(cell)}): a sweep needs one of "
-                "each."
+                f"{found[cell].run.path} and {run.path} have the same frames ({_cell_name(cell)}): a sweep needs one "
+                "of each."
             )
         found[cell] = RunNumbers(run, resamples)
     return dict(sorted(found.items(), key=lambda item: (item[0][1] or 0, item[0][0])))
@@ -141,8 +141,8 @@ def _sweep_settings(runs: dict[Cell, RunNumbers]) -> Section:
     questions, videos = benchmark["num_questions"], benchmark["num_samples"]
     text = (
         f"{benchmark['title']} ({benchmark['name']}, version {benchmark['version']}): "
-        f"{form.counted(questions, 'question')} about {form.counted(videos, 'video')}, the same in all runs. Intervals "
-        f"are {first.level} BCa bootstrap intervals over whole videos ({first.resamples:,} resamples)."
+        f"{form.counted(questions, 'question')} about {form.counted(videos, 'video')}, the same in all runs. "
+        f"Intervals are {first.level} BCa bootstrap intervals over whole videos ({first.resamples:,} resamples)."
     )
     rows = []
     for cell, numbers in runs.items():
