@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import logging
 import os
 import sys
 import time
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import FRAMES, IGNORE, Form, ShapesBatches
+from batches import IGNORE, Form, ShapesBatches
 from small_vlm import PIXELS, build_processor, build_tokenizer, build_vlm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -134,13 +134,13 @@ class VlmTrainer:
         model, inner = self.model, self.model.model
         half = device.type == "cuda"
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            features = self.visual_features(batch["scenes"], batch["form"])
+            features = self.visual_features(batch["scenes"], batch["form"]).float()  # the residual stream's dtype
             embed = inner.text_model.get_input_embeddings()
-            embeds = embed(torch.cat([prefix.expand(clips, -1), tokens], 1)).to(features.dtype)
+            embeds = embed(torch.cat([prefix.expand(clips, -1), tokens], 1))
             visual = (prefix == model.config.image_token_id).nonzero()[:, 0]
             embeds = embeds.index_copy(1, visual, features)
             positions = torch.cat([torch.arange(start, device=device).expand(clips, -1), moved["positions"]], 1)
-            mask = turn_mask(moved["segments"], start, torch.bfloat16 if half else torch.float32)
+            mask = turn_mask(moved["segments"], start, embeds.dtype)
             hidden = inner.text_model(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
             ).last_hidden_state
@@ -199,7 +199,7 @@ def turn_mask(segments: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     causal = torch.ones(prefix + width, prefix + width, dtype=torch.bool, device=segments.device).tril()
     allowed = ((same & ~padding[:, None, :]) | sees) & causal
     allowed |= torch.eye(prefix + width, dtype=torch.bool, device=segments.device)  # no row may see nothing
-    return torch.zeros((), dtype=dtype, device=segments.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+    return torch.zeros((), dtype=dtype, device=segments.device).masked_fill(~allowed, -1e4)[:, None]
 
 
 def answer_lengths(labels: Tensor) -> Tensor:
