@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 from .errors import UnreadableVideoError, VideoError
-from .pixels import FrameConverter
+from .pixels import FrameConverter, fit
 from .sampling import end_of_display
 
 
@@ -112,6 +112,9 @@ class MemoryFrames:
     def read(self, indices: np.ndarray, convert: FrameConverter) -> tuple[np.ndarray, np.ndarray, int]:
         """The frames at `indices`, shrunk; the same contract as `VideoDecoder.read`."""
         chosen = (np.ascontiguousarray(self._frames[index]) for index in indices)
+        if fit(*self.size, convert.longest_edge) == self.size:
+            convert.size = self.size
+            return np.stack(list(chosen)), indices, 0
         return np.stack([convert(av.VideoFrame.from_ndarray(frame, "rgb24")) for frame in chosen]), indices, 0
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ class FrameConverter:
         self.size: tuple[int, int] | None = None
         """(width, height) of the first frame as displayed, before shrinking."""
         self._coded = (0, 0)
-        self._rotation: int | None = None
+        self._rotation: int | None = 0 if codec == "frames" else None  # frames in memory are upright
         self._orientation = (False, False, False)
         self._scale = RgbScaler(codec)
 
