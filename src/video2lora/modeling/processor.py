@@ -197,7 +197,10 @@ class Video2LoraProcessor(ProcessorMixin):
             return_tensors="pt",
             processor_kwargs=arguments,
         )
-        return {name: torch.as_tensor(value) for name, value in features.items() if name != "video_metadata"}
+        inputs = {name: torch.as_tensor(value) for name, value in features.items() if name != "video_metadata"}
+        if "pixel_attention_mask" in inputs:  # eight bytes a pixel otherwise, on their way from a loader's worker
+            inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()
+        return inputs
 
     def pad(self, items: Sequence[Mapping[str, Tensor]], left: bool = False) -> BatchFeature:
         """Join videos prepared one by one into a batch (frames that are all zero are padding).
