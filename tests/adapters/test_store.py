@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from video2lora.adapters import AdapterError, VideoAdapter, VideoAdapterStore
+from video2lora.adapters import AdapterError, VideoAdapter, VideoAdapterStore, storage
+from video2lora.adapters.errors import OutputExistsError
 
 KEYS = [VideoAdapterStore.key({"video": number}) for number in range(6)]
 
@@ -93,6 +95,49 @@ def test_a_damaged_entry_counts_as_not_there(store, make_adapter, damage, caplog
     assert store.get(KEYS[0]).content_hash == make_adapter(1).content_hash
 
 
+def test_what_others_replace_while_it_is_read_is_not_taken_for_damage(store, make_adapter, monkeypatch, caplog):
+    store.put(KEYS[0], make_adapter(1))
+    read, times = storage.read_directory, []
+
+    def meddled_with(directory):
+        times.append(directory)
+        if len(times) <= 3:
+            store.remove(KEYS[0])
+            store.put(KEYS[0], make_adapter(1))
+            raise AdapterError("one file from the old directory, one from the new")
+        return read(directory)
+
+    monkeypatch.setattr(storage, "read_directory", meddled_with)
+    assert store.get(KEYS[0]).content_hash == make_adapter(1).content_hash
+    assert len(times) == 4 and not caplog.records
+
+
+@pytest.mark.parametrize("function", ["read_directory", "utime"])
+def test_what_cannot_be_read_or_touched_now_is_kept(store, make_adapter, monkeypatch, function):
+    def refuse(*_, **__):
+        raise PermissionError("too many open files, or another user's")
+
+    store.put(KEYS[0], make_adapter(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(storage if function == "read_directory" else os, function, refuse)
+        if function == "read_directory":
+            with pytest.raises(PermissionError):
+                store.get(KEYS[0])
+        else:
+            assert store.get(KEYS[0]).content_hash == make_adapter(1).content_hash
+    assert store.get(KEYS[0]) is not None
+
+
+@pytest.mark.parametrize("error", [OutputExistsError("there"), OSError(errno.ENOTEMPTY, "there")], ids=["seen", "hit"])
+def test_another_process_was_faster_and_its_entry_is_gone_again(store, make_adapter, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(VideoAdapter, "save_pretrained", fail)
+    store.put(KEYS[0], make_adapter(1))
+    assert store.get(KEYS[0]) is None
+
+
 def test_a_write_that_fails_says_so_and_leaves_nothing(store, make_adapter, monkeypatch):
     monkeypatch.setattr(
         "video2lora.adapters.storage.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
@@ -102,7 +147,8 @@ def test_a_write_that_fails_says_so_and_leaves_nothing(store, make_adapter, monk
     assert len(store) == 0 and not list((store.directory / KEYS[0][:2]).iterdir())
 
 
-def test_leftovers_of_the_dead_are_removed_but_not_work_under_way(store, make_adapter):
+@pytest.mark.parametrize("how", ["open", "put"])
+def test_leftovers_of_the_dead_are_removed_but_not_work_under_way(store, make_adapter, how):
     store.put(KEYS[0], make_adapter(1))
     folder = store.directory / KEYS[0][:2]
     for name, age in (("old", 7200), ("new", 5)):
@@ -110,7 +156,11 @@ def test_leftovers_of_the_dead_are_removed_but_not_work_under_way(store, make_ad
         path.mkdir()
         (path / "file").write_text("x")
         os.utime(path, (time.time() - age,) * 2)
-    VideoAdapterStore(store.directory)
+    if how == "open":
+        VideoAdapterStore(store.directory)
+    else:
+        store.max_bytes = 1 << 30
+        store.put(KEYS[0], make_adapter(1))
     assert {path.name for path in folder.iterdir()} == {KEYS[0], f".{KEYS[0]}.tmp-new"}
 
 

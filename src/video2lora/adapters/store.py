@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -10,7 +11,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +65,27 @@ class VideoAdapterStore:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def get(self, key: str) -> VideoAdapter | None:
-        """The adapter of this key, or None where there is none (or a damaged one, which is removed)."""
+        """The adapter of this key, or None where there is none (or a damaged one, which is removed).
+
+        Raises:
+            OSError: it is there but cannot be read now (not allowed, too many open files).
+        """
         entry = self._entry(key)
-        problem: Exception | None = None
-        for _ in range(2):  # the first time, it may have been replaced while it was read
-            if not entry.is_dir():
-                return None
-            try:
-                stored = storage.read_directory(entry)
+        while True:
+            with _hold(entry) as is_same:
+                if is_same is None:
+                    return None
+                try:
+                    stored = storage.read_directory(entry)
+                except (AdapterError, FileNotFoundError) as error:
+                    if not is_same():  # another process removed or replaced it meanwhile
+                        continue
+                    logger.warning("%s is damaged and is removed: %s", entry, error)
+                    self.remove(key)
+                    return None
+            with suppress(OSError):  # gone by now, or another user's
                 os.utime(entry)  # when it was used last
-            except (AdapterError, OSError) as error:
-                problem = error
-                continue
             return VideoAdapter(stored.weights, stored.targets, stored.base, stored.provenance)
-        if entry.is_dir():
-            logger.warning("%s is damaged and is removed: %s", entry, problem)
-            self.remove(key)
-        return None
 
     def put(self, key: str, adapter: VideoAdapter) -> Path:
         """Store an adapter; one that is there already under this key stays.
@@ -90,8 +96,10 @@ class VideoAdapterStore:
         entry = self._entry(key)
         try:
             adapter.save_pretrained(entry)
-        except (OutputExistsError, OSError):
-            if not entry.is_dir():  # another process was not faster: the disk is full, or the like
+        except OutputExistsError:
+            pass
+        except OSError as error:  # from renaming where another process was faster, or the disk is full, or the like
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not entry.is_dir():
                 raise
         if self.max_bytes is not None:
             self._shrink(self.max_bytes, keep=entry)
@@ -148,6 +156,7 @@ class VideoAdapterStore:
     def _shrink(self, max_bytes: int, keep: Path) -> None:
         """Remove what was not used for the longest time; one process at a time, so that none removes too much."""
         with self._lock:
+            self._remove_leftovers()
             entries = sorted(self._sizes())
             total = sum(size for _, size, _ in entries)
             for _, size, key in entries:
@@ -164,3 +173,31 @@ class VideoAdapterStore:
                     shutil.rmtree(path, ignore_errors=True)
             except FileNotFoundError:
                 continue
+
+
+@contextmanager
+def _hold(entry: Path) -> Iterator[Callable[[], bool] | None]:
+    """Tells, while an entry is read, whether it still is the directory that it was; None where there is none.
+
+    An open directory's number is not given to another one. (Windows opens no directory, but it does not move one
+    either of which a file is open.)
+    """
+    opened = None
+    try:
+        opened = os.open(entry, os.O_RDONLY) if os.name == "posix" else None
+        before = os.stat(entry if opened is None else opened)
+    except FileNotFoundError:
+        yield None
+        return
+
+    def is_same() -> bool:
+        try:
+            return os.path.samestat(before, os.stat(entry))
+        except FileNotFoundError:
+            return False
+
+    try:
+        yield is_same
+    finally:
+        if opened is not None:
+            os.close(opened)
