@@ -83,13 +83,10 @@ class Prefixes:
         processor = Video2LoraProcessor(build_processor(self.tokenizer, form.longest_edge or PIXELS))
         side = 8 if form.longest_edge is None else form.longest_edge
         pixels = np.full((form.num_frames, side, side, 3), 9, dtype=np.uint8)
-        frames = VideoFrames(
-            pixels, tuple(map(float, form.seconds_shown)), 0.0, float(form.seconds), float(form.seconds), "", None, (side,) * 2, 0
-        )
-        if form.longest_edge is None:
-            inputs = processor.encode_video(frames, prompt, add_generation_prompt=True)
-        else:
-            inputs = processor.encode_video(frames, prompt, add_generation_prompt=True, image_splitting=True)
+        times, length = tuple(map(float, form.seconds_shown)), float(form.seconds)
+        frames = VideoFrames(pixels, times, 0.0, length, length, "", None, (side, side), 0)
+        splitting = form.longest_edge is not None
+        inputs = processor.encode_video(frames, prompt, add_generation_prompt=True, image_splitting=splitting)
         return inputs["input_ids"][0].tolist()
 
 
@@ -187,7 +184,7 @@ def draw_form(draw: random.Random) -> Form:
 
 def padded_length(prefix: int) -> int:
     """Tokens of a clip with its turns: few different numbers, since attention is planned anew for each."""
-    return -(-(prefix + TURNS_WIDTH) // 64) * 64
+    return -(-(prefix + TURNS_WIDTH) // 32) * 32
 
 
 def join_turns(

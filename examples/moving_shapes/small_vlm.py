@@ -16,9 +16,10 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
+from video2lora.data.moving_shapes import caption_prompt
 from video2lora.modeling.processor import INTERNALIZATION_PROMPT
 
-PIXELS, PATCH, SCALE_FACTOR = 64, 8, 2  # pixels, pixels, patches a side merged into one token: 16 tokens a frame
+PIXELS, PATCH, SCALE_FACTOR = 64, 8, 4  # pixels, pixels, patches a side merged into one token: 4 tokens a frame
 VOCABULARY = 640
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 TILES = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
@@ -35,7 +36,7 @@ CHAT_TEMPLATE = (
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the benchmark's own language; anything else falls into bytes.
 
-    The words that stand around every frame ("Frame from 00:07:") are three tokens, so that a frame costs 22.
+    The words that stand around every frame ("Frame from 00:07:") are three tokens, so that a frame costs 10.
     """
     from num2words import num2words
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,14 +47,15 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         "[H:MM:SS] video.\n"
         for n in range(1, 200)
     ]
-    roles = ["User: ", "Assistant: ", "\n\n", INTERNALIZATION_PROMPT] * 2000
+    roles = ["User: ", "Assistant: ", "\n\n", INTERNALIZATION_PROMPT, caption_prompt("", "")] * 2000
     before = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     after = ["<global-img>", *TILES, "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
-                Regex(r"\n(?=\nFrame)|\nFrame from |\d\d:| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\n\n|\s"), behavior="isolated"
+                Regex(r"\n(?=\nFrame)|\nFrame from |\d\d:| ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]|\n\n|\s"),
+                behavior="isolated",
             ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]

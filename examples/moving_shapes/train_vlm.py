@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from batches import IGNORE, Form, ShapesBatches
-from small_vlm import PIXELS, build_processor, build_tokenizer, build_vlm
 from safetensors.torch import load_file, save_file
+from small_vlm import PIXELS, build_processor, build_tokenizer, build_vlm
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
     parser.add_argument("--tokens", type=int, default=144_000, help="tokens a batch")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--validation", type=int, default=1024, help="clips")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,7 +64,8 @@ def main() -> None:
         if trainer.step % 200 == 0:
             loss = torch.stack(shown).nanmean().item()
             spent = time.monotonic() - since
-            print(f"step {trainer.step} loss {loss:.4f} {200 / spent:.1f} steps/s {clips / spent:.0f} clips/s", flush=True)
+            speed = f"{200 / spent:.1f} steps/s {clips / spent:.0f} clips/s"
+            print(f"step {trainer.step} loss {loss:.4f} norm {trainer.norm.item():.2f} {speed}", flush=True)
             clips, shown, since = 0, [], time.monotonic()
         if time.monotonic() - started > 60 * options.minutes:
             break
@@ -94,9 +95,14 @@ class VlmTrainer:
 
     def __init__(self, model: Any, steps: int, learning_rate: float) -> None:
         self.model, self.steps, self.learning_rate = model.train(), steps, learning_rate
-        self.step = 0
-        decayed = [p for p in model.parameters() if p.dim() > 1]
-        plain = [p for p in model.parameters() if p.dim() <= 1]
+        self.step, self.norm = 0, torch.zeros(())
+        for name, parameter in model.named_parameters():
+            if name.endswith("k_proj.bias"):
+                # softmax does not see it: its gradient is rounding noise, which Adam would take for full steps
+                parameter.requires_grad_(False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.dim() > 1]
+        plain = [p for p in trained if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
         fused = next(model.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=fused)
@@ -117,7 +123,7 @@ class VlmTrainer:
         loss = (losses / lengths.sqrt()).sum() / (1 / lengths).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-        finite = torch.isfinite(norm)
+        self.norm, finite = norm, torch.isfinite(norm)
         for p in self.model.parameters():  # a step that went wrong changes nothing, without asking the device
             if p.grad is not None:
                 p.grad.nan_to_num_(0.0, 0.0, 0.0).mul_(finite)

@@ -138,9 +138,16 @@ def test_a_no_is_hard_and_never_about_a_held_out_pair():
     assert hard > 0.95 * total > 100
 
 
+def test_a_caption_as_text_is_put_as_evaluation_puts_it():
+    from video2lora.evaluation.condition_video import CAPTION_TEMPLATE
+
+    text = caption_prompt("two objects.", "how many objects are there?")
+    assert text == CAPTION_TEMPLATE.format(caption="two objects.", prompt="how many objects are there?")
+
+
 def test_the_vocabulary_covers_all_that_is_said():
     def words(text: str) -> set[str]:
-        return set(re.findall(r"[a-z_]+|[^a-z_\s]", text))
+        return set(re.findall(r"[a-zA-Z_]+|[^a-zA-Z_\s]", text))
 
     known = set().union(*(words(text) for text in vocabulary_texts()))
     for scene in SCENES:

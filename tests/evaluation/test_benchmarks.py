@@ -248,6 +248,10 @@ def test_moving_shapes_are_made_on_the_spot() -> None:
         load_benchmark("moving_shapes", split="train")
     with pytest.raises(BenchmarkError, match="no end of clips"):
         load_benchmark("moving_shapes", num_samples="all")
+    few, many = (load_benchmark("moving_shapes", num_samples=3, num_frames=number) for number in (4, 100))
+    assert load_video(many[0].video, num_frames=100).frames.shape == (100, 64, 64, 3) and len(many[0].video) == 108
+    assert load_video(few[0].video, num_frames=4).frames.shape == (4, 64, 64, 3)
+    assert few.num_questions < benchmark.num_questions == many.num_questions  # four frames decide less
     from video2lora.data.moving_shapes import TASKS
 
     assert set(BENCHMARKS["moving_shapes"].tasks) == set(TASKS)

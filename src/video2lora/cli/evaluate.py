@@ -101,7 +101,7 @@ def evaluate(
     from ..evaluation.records import EvaluationError
     from .teach import _state
 
-    asked = {"split": split, "tasks": _names(tasks), "num_samples": _count(num_samples)}
+    asked = {"split": split, "tasks": _names(tasks), "num_samples": _count(num_samples), "num_frames": num_frames}
     state = _state(device)
     try:
         with state.main_process_first():

@@ -93,7 +93,8 @@ class MovingShapes(Dataset):
                 any other.
 
         Yields:
-            `{"id", "video", "questions"}`; a question is `{"id", "prompt", "references", "task"}`.
+            `{"id", "video", "questions"}`; the video a [`SceneClip`], which `video2lora` reads as an array; a question is
+            `{"id", "prompt", "references", "task"}`.
         """
         for index in range(self.size):
             scene = self.scene(index)
@@ -102,7 +103,29 @@ class MovingShapes(Dataset):
                 queries = [query for query in queries if answerable(scene, query, num_frames, self.num_frames)]
             if queries:
                 questions = [question_fields(scene, number, query) for number, query in enumerate(queries)]
-                yield {"id": scene.id, "video": self.video(scene), "questions": questions}
+                clip = SceneClip(scene, self.num_frames, self.pixels)
+                yield {"id": scene.id, "video": clip, "questions": questions}
+
+
+class SceneClip:
+    """A clip as frames in memory that are drawn when they are read: thousands of them wait in little memory.
+
+    Args:
+        scene: what is seen.
+        num_frames, pixels: of the clip.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, scene: Scene, num_frames: int, pixels: int) -> None:
+        self.scene, self.shape = scene, (num_frames, pixels, pixels, 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        frames = draw([self.scene], frame_times(self.shape[0]), size=self.shape[1])[0].numpy()
+        return frames if dtype is None else frames.astype(dtype, copy=False)
 
 
 def question_fields(scene: Scene, number: int, query: Query) -> dict[str, Any]:

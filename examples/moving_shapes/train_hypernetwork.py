@@ -1,0 +1,160 @@
+"""Moving shapes, stage 2: train a hypernetwork for the small VLM, which stays as it is, with the library's Trainer.
+
+    python train_hypernetwork.py runs/vlm -o runs/hypernetwork --steps 3000 --minutes 9
+
+Run it again to go on: it stops after `--minutes` with a checkpoint, and the schedule counts steps. Clips are drawn in
+the data loader's workers and never the same twice; what is asked about them leaves out two kinds of question and all
+held-out phrasings, to see what an adapter knows that it was never trained to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoProcessor, TrainerCallback
+
+from video2lora import Video2LoraModel, Video2LoraProcessor
+from video2lora.data.moving_shapes import TASKS, MovingShapes
+from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
+
+HELD_OUT_TASKS = ("existence", "size")
+TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
+
+
+def main() -> None:
+    options = parse()
+    model, processor = build(options)
+    queries = {"queries_per_video": options.queries, "tasks": options.tasks}
+    train = VariedClips(options.steps * options.batch_size, seed=options.seed, lengths=options.lengths, **queries)
+    validation = MovingShapes("validation", 512, queries_per_video=None, tasks=options.tasks)
+    trainer = Video2LoraTrainer(
+        model,
+        arguments(options),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+        callbacks=[StopAfter(options.minutes)],
+    )
+    trainer.train(resume_from_checkpoint=any(options.output.glob("checkpoint-*")))
+    if trainer.state.global_step >= options.steps:
+        trainer.save_model()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vlm", type=Path, help="folder of stage 1")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
+    parser.add_argument("--batch-size", type=int, default=256, help="clips")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--queries", type=int, default=6, help="about each clip")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TRAINED_TASKS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 24, 24, 48], help="frames of clips")
+    parser.add_argument("--most-frames", type=int, default=48, help="sampled of a clip; 4 at least, 12 as a rule")
+    parser.add_argument("--composition", type=float, default=0.3, help="share of clips made of segments")
+    parser.add_argument("--max-segments", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--latents", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--target-modules", nargs="+", default=["down_proj"])
+    parser.add_argument("--no-static", action="store_true", help="no learned part common to all videos")
+    parser.add_argument(
+        "--kl", type=float, default=0.0, help="weight of the divergence from the VLM that sees the clip"
+    )
+    parser.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy on the answers")
+    parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def build(options: argparse.Namespace) -> tuple[Video2LoraModel, Video2LoraProcessor]:
+    """A new hypernetwork on the trained VLM, in bfloat16 where there is a GPU."""
+    torch.manual_seed(options.seed)
+    model = Video2LoraModel.from_vlm(
+        options.vlm,
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        rank=options.rank,
+        target_modules=options.target_modules,
+        use_static_lora=not options.no_static,
+        latent_size=256,
+        num_latents=options.latents,
+        num_blocks=options.blocks,
+        perceiver_num_heads=8,
+        perceiver_num_key_value_heads=4,
+        perceiver_head_dim=32,
+        num_frames=12,
+        longest_edge=64,
+    )
+    processor = AutoProcessor.from_pretrained(options.vlm)
+    return model, Video2LoraProcessor.from_config(model.config, vlm_processor=processor)
+
+
+def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
+    """The run's arguments; the rest is the recipe's."""
+    return Video2LoraTrainingArguments(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=128,
+        learning_rate=options.learning_rate,
+        warmup_steps=min(200, options.steps // 10),
+        seed=options.seed,
+        ce_weight=options.ce,
+        kl_weight=options.kl,
+        teacher="online" if options.kl else None,
+        composition_probability=options.composition,
+        max_segments=options.max_segments,
+        num_frames_range=[4, options.most_frames] if options.most_frames > 12 else None,
+        bf16=torch.cuda.is_available(),
+        dataloader_num_workers=options.workers,
+        dataloader_persistent_workers=options.workers > 0,
+        dataloader_prefetch_factor=4 if options.workers else None,
+        logging_steps=max(1, min(50, options.steps // 4)),
+        eval_strategy="steps",
+        eval_steps=max(1, options.steps // 4),
+        num_eval_samples=8,
+        save_strategy="no",  # when it stops
+        report_to="none",
+    )
+
+
+class VariedClips(Dataset):
+    """Training rows whose clips have different numbers of frames; a row's own follows from its number.
+
+    Args:
+        size: rows.
+        lengths: frames of a clip, drawn evenly; multiples of 12.
+        options: of [`MovingShapes`].
+    """
+
+    def __init__(self, size: int, lengths: list[int], **options: Any) -> None:
+        self.parts = [MovingShapes("train", size, num_frames=length, **options) for length in lengths]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.parts[index % len(self.parts)][index]
+
+
+class StopAfter(TrainerCallback):
+    """Stops a run after some minutes, with a checkpoint to go on from."""
+
+    def __init__(self, minutes: float) -> None:
+        self.until = time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if time.monotonic() > self.until:
+            control.should_training_stop = control.should_save = True
+        return control
+
+
+if __name__ == "__main__":
+    main()
