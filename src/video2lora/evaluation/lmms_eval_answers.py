@@ -308,11 +308,11 @@ class _StopAtText(StoppingCriteria):
 
     def __init__(self, tokenizer: Any, until: tuple[str, ...], prompt_tokens: int) -> None:
         self.tokenizer, self.until, self.prompt_tokens = tokenizer, until, prompt_tokens
-        self.num_tokens = max(len(text.encode()) for text in until)  # no token is less than a byte
+        self.num_tokens = max(len(text.encode()) for text in until)  # of text, no token is less than a byte
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         last = input_ids[:, self.prompt_tokens :][:, -self.num_tokens :]
-        texts = self.tokenizer.batch_decode(last)
+        texts = self.tokenizer.batch_decode(last, skip_special_tokens=True)  # whose names may hold anything
         ended = [any(text in tail for text in self.until) for tail in texts]
         return torch.tensor(ended, device=input_ids.device)
 
