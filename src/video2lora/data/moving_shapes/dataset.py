@@ -93,7 +93,7 @@ class MovingShapes(Dataset):
                 any other.
 
         Yields:
-            `{"id", "video", "questions"}`; the video a [`SceneClip`], which `video2lora` reads as an array; a question is
+            `{"id", "video", "questions"}`; the video a [`SceneClip`], read by `video2lora` as an array; a question is
             `{"id", "prompt", "references", "task"}`.
         """
         for index in range(self.size):
