@@ -1,8 +1,11 @@
-"""Command line: `video2lora internalize`, from video files to adapter directories."""
+"""Command line: `video2lora internalize`, from videos, or folders and datasets of them, to adapter directories."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -11,14 +14,23 @@ import typer
 
 from ._errors import CommandError
 from ._options import Device, Dtype, DtypeOption, Json, Layout, LayoutOption, Output, Overwrite, torch_dtype
-from ._output import check_output, directory_bytes, human_bytes, print_json, print_table, progress
+from ._output import check_output, directory_bytes, human_bytes, print_fields, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from ..adapters import VideoAdapter
+    from ..pipelines.bulk import BulkSummary
+
+_ROWS = (".jsonl", ".ndjson", ".json")
 
 
 def internalize(
-    videos: Annotated[list[str], typer.Argument(help="Video files or URLs.", show_default=False)],
+    videos: Annotated[
+        list[str],
+        typer.Argument(
+            help="Video files or URLs; or a folder of videos, a JSONL file of rows, a dataset (folder or Hub id).",
+            show_default=False,
+        ),
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="Checkpoint: Hub id or directory.", show_default=False)],
     output: Output,
     num_frames: Annotated[int | None, typer.Option(help="Frames of each video; by default the model's.")] = None,
@@ -29,20 +41,34 @@ def internalize(
     chunk_seconds: Annotated[
         float | None, typer.Option(help="Read chunks of at most this length by themselves; one adapter of them all.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Videos at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Videos at a time, in each process.")] = 1,
+    num_workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads that decode ahead; 4 in each process of a bulk run, else none.")
+    ] = None,
     layout: LayoutOption = Layout.vlm,
     dtype: DtypeOption = Dtype.float32,
     device: Device = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of the checkpoint.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder where adapters made before are found, and new ones are kept.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Bulk: split of a dataset or of rows.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Bulk: do the I-th of N parts, for launches side by side.")
+    ] = None,
+    max_bad_fraction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Bulk: stop when more videos cannot be read; by default never.")
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Turn videos into LoRA adapters.
 
     One video becomes the adapter directory OUTPUT; of several, each becomes OUTPUT/<name of the file>.
+
+    A folder, JSONL file or dataset is a bulk run: OUTPUT gets an adapter of each video and index.jsonl, bad files are
+    skipped, and the same command goes on where it was stopped. On several GPUs: accelerate launch -m video2lora ...
     """
-    targets = _targets(videos, output)
-    _check_outputs(targets, overwrite)
     sampling: dict[str, Any] = {
         "num_frames": num_frames,
         "fps": fps,
@@ -50,14 +76,24 @@ def internalize(
         "end": end,
         "longest_edge": longest_edge,
     }
-    _check_videos(videos, batch_size, **sampling)
+    if batch_size < 1:
+        raise CommandError(f"--batch-size must be at least 1, got {batch_size}.")
+    options: dict[str, Any] = {"chunk_seconds": chunk_seconds, "batch_size": batch_size, "num_workers": num_workers}
+    if _is_bulk(videos, split, shard, max_bad_fraction):
+        bulk = {"layout": layout.value, "split": split, "overwrite": overwrite, "max_bad_fraction": max_bad_fraction}
+        given = {name: value for name, value in (sampling | options | bulk).items() if value is not None}
+        _internalize_bulk(videos, model, output, _shard(shard), revision, device, dtype, store, json, given)
+        return
+    targets = _targets(videos, output)
+    _check_outputs(targets, overwrite)
+    _check_videos(videos, **sampling)
     from ._models import load_pipeline
 
     pipeline = load_pipeline(model, revision=revision, device=device)
     rows = []
     with progress("internalizing", len(videos)) as advance:
         before = time.perf_counter()
-        adapters: Any = pipeline(iter(videos), batch_size=batch_size, chunk_seconds=chunk_seconds, **sampling)
+        adapters: Any = pipeline(iter(videos), store=_store(store), **options, **sampling)
         for video, target, adapter in zip(videos, targets, adapters, strict=True):
             adapter.save_pretrained(target, layout=layout.value, dtype=torch_dtype(dtype), overwrite=overwrite)
             now = time.perf_counter()
@@ -69,6 +105,103 @@ def internalize(
         return
     columns = ["video", "span", "frames", "visual tokens", "rank", "size", "seconds", "adapter"]
     print_table(columns, [_row(row) for row in rows])
+
+
+def _is_bulk(videos: list[str], split: str | None, shard: str | None, max_bad_fraction: float | None) -> bool:
+    """Whether this is a run over many videos rather than over those named, which are few and all must be good."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several or any(option is not None for option in (split, shard, max_bad_fraction)):
+        return True
+    if all("://" in video or (os.path.isfile(video) and not video.lower().endswith(_ROWS)) for video in videos):
+        return False  # without importing anything
+    from ..data import DatasetError
+    from ..pipelines.bulk_videos import kind_of
+
+    try:
+        return any(kind_of(video) != "video" for video in videos)
+    except DatasetError as error:
+        raise CommandError(str(error)) from error
+
+
+def _internalize_bulk(
+    videos: list[str],
+    model: str,
+    output: Path,
+    shard: tuple[int, int] | None,
+    revision: str | None,
+    device: str | None,
+    dtype: Dtype,
+    store: Path | None,
+    json: bool,
+    options: dict[str, Any],
+) -> None:
+    """A bulk run, as one process of those that were launched."""
+    from accelerate.utils import parse_flag_from_env
+
+    from ..data import DatasetError
+    from ..pipelines.bulk import distributed_state, internalize_many
+    from ..pipelines.bulk_folder import check_folder
+    from ..pipelines.bulk_videos import kind_of
+    from ..video.sampling import check_request
+    from ._models import load_pipeline
+
+    try:
+        # before a model is loaded
+        check_folder(output)
+        names = ("num_frames", "fps", "start", "end")
+        check_request(**{name: options.get(name) for name in names}, source="every video")
+        for video in videos:
+            if kind_of(video) == "rows" and not Path(video).is_file():
+                raise CommandError(f"{video}: there is no such file.")
+        state = distributed_state(device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        if state.num_processes > 1 and device not in (None, "cpu"):
+            raise CommandError(
+                f"--device {device} with {state.num_processes} processes: each takes its own, leave it out."
+            )
+        pipeline = load_pipeline(model, revision=revision, device=device or str(state.device))
+        found = {"dtype": torch_dtype(dtype), "store": _store(store), "shard": shard}
+        summary = internalize_many(pipeline, videos, output, **found, **options)
+    except DatasetError as error:
+        raise CommandError(str(error)) from error
+    if state.is_main_process:
+        _show_summary(summary, model, json)
+    state.destroy_process_group()
+
+
+def _show_summary(summary: BulkSummary, model: str, json: bool) -> None:
+    if json:
+        print_json(asdict(summary) | {"model": model})
+        return
+    skipped = f"{summary.num_skipped}, see {summary.output_dir / 'skipped.jsonl'}" if summary.num_skipped else 0
+    print_fields(
+        {
+            "videos": summary.num_videos,
+            "made": summary.num_made,
+            "from the store": summary.num_from_store or None,
+            "already there": summary.num_found,
+            "skipped": skipped,
+            "seconds": f"{summary.seconds:.1f}",
+            "videos/s": f"{summary.videos_per_second:.2f}",
+            "size": human_bytes(summary.num_bytes),
+            "index": str(summary.index),
+        }
+    )
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """The part I/N to do."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise CommandError(f"--shard {text}: expected I/N with I from 1 to N, such as 1/4.")
+    return int(match[1]), int(match[2])
+
+
+def _store(directory: Path | None) -> Any:
+    from ..adapters import VideoAdapterStore
+
+    return None if directory is None else VideoAdapterStore(directory)
 
 
 def _targets(videos: list[str], output: Path) -> list[Path]:
@@ -97,13 +230,11 @@ def _check_outputs(targets: list[Path], overwrite: bool) -> None:
         check_output(target, overwrite=overwrite, replaceable=replaceable, kind="a video2lora adapter")
 
 
-def _check_videos(videos: list[str], batch_size: int, longest_edge: int | None, **sampling: Any) -> None:
+def _check_videos(videos: list[str], longest_edge: int | None, **sampling: Any) -> None:
     """Refuse, before a model is loaded, what no model could read."""
     from ..video import VideoReader
     from ..video.sampling import check_request, select_frames
 
-    if batch_size < 1:
-        raise CommandError(f"--batch-size must be at least 1, got {batch_size}.")
     for video in videos:
         check_request(**sampling, source=video)
         if "://" in video:

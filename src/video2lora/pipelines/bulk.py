@@ -1,0 +1,495 @@
+"""Pipelines: many videos into a folder of adapters, on one process or many, whatever stops it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from ..adapters import VideoAdapter, VideoAdapterStore
+from ..video import VideoReader, VideoSpanError
+from ..video.ahead import prepare_ahead
+from ..video.sampling import check_request
+from .bulk_folder import BulkFolder, Entry
+from .bulk_videos import BulkItem, BulkVideos
+from .video_to_lora import VideoToLoraPipeline, _join
+
+__all__ = ["BulkSummary", "BulkVideos", "distributed_state", "internalize_many"]
+
+logger = logging.getLogger(__name__)
+
+_FACTS = ("key", "adapter", "content_hash", "sha256", "source", "num_frames", "seconds", "segments", "rank", "bytes")
+_calls = itertools.count()
+
+
+@dataclass(frozen=True)
+class BulkSummary:
+    """What a bulk run did, all its processes together. Made, from the store, found and skipped are all its videos.
+
+    Attributes:
+        output_dir: the folder of adapters.
+        index: its `index.jsonl`.
+        num_videos: videos, or spans of them, of this run (of this shard).
+        num_made: adapters made now.
+        num_from_store: adapters taken from the store.
+        num_found: adapters that were there already.
+        num_skipped: videos that could not be read; they are in `skipped.jsonl`, with the error.
+        num_bytes: of the adapters of this run, on disk.
+        seconds: that it took.
+        videos_per_second: made now.
+    """
+
+    output_dir: Path
+    index: Path
+    num_videos: int
+    num_made: int
+    num_from_store: int
+    num_found: int
+    num_skipped: int
+    num_bytes: int
+    seconds: float
+    videos_per_second: float
+
+    def __str__(self) -> str:
+        text = f"{self.num_videos} videos: {self.num_made} made, {self.num_found} already there"
+        if self.num_from_store:
+            text += f", {self.num_from_store} from the store"
+        text += f", {self.num_skipped} skipped, in {self.seconds:.1f} s ({self.videos_per_second:.2f} videos/s)"
+        return f"{text}.\nIndex: {self.index}"
+
+
+def internalize_many(
+    pipeline: VideoToLoraPipeline,
+    videos: Any,
+    output_dir: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    longest_edge: int | None = None,
+    chunk_seconds: float | None = None,
+    batch_size: int | None = None,
+    num_workers: int = 4,
+    layout: str = "vlm",
+    dtype: torch.dtype = torch.float32,
+    store: VideoAdapterStore | None = None,
+    shard: tuple[int, int] | None = None,
+    max_bad_fraction: float = 1.0,
+    overwrite: bool = False,
+) -> BulkSummary:
+    """Turn a folder of videos, rows of a JSONL file or a dataset into a folder of adapters.
+
+    `output_dir` gets an adapter directory `<name of the video>-<16 digits>` for each video and span;
+    `index.jsonl`, in the order of the videos: `video`, `start` and `end` (as asked for), `ids` of rows, `adapter` (the
+    directory), `key` (as `VideoToLoraPipeline.store_key`), `content_hash`, `sha256` of the video, `num_frames`,
+    `seconds` of video, `segments`, `rank`, `bytes`; `skipped.jsonl`, what could not be read, with the `error`;
+    `internalize.json`, what decides the adapters; and `journal/`, what is known of each video.
+
+    Called again it goes on where it was stopped, even by kill -9, and by the same batches comes to the same adapters:
+    which videos share a batch depends on the list and `batch_size` alone. An adapter is not made again if its video
+    has the size and time it had (else its bytes are hashed, and count), the settings are the same, and its files are
+    as they were left. Another video under an old name is internalized anew, and what was made of the old one stays on
+    disk, without a line in the index. A URL is taken to hold what it held. Skipped videos are tried again.
+
+    Launched with accelerate or torchrun, each process takes the next batch when it is through with one.
+
+    Args:
+        pipeline: on the device to use.
+        videos: a folder, JSONL file, dataset, Hub id, or a list of these and of videos; see [`BulkVideos`].
+        output_dir: made if missing; of several machines, on a disk they share.
+        split: of datasets and rows.
+        num_frames, fps, start, end, longest_edge, chunk_seconds: as in a call of the pipeline; a row's own span goes
+            first.
+        batch_size: videos internalized together, in each process; with `chunk_seconds`, chunks of one.
+        num_workers: threads that decode ahead of the model, in each process.
+        layout, dtype: of the files, as for [`VideoAdapter.save_pretrained`].
+        store: where adapters made before of the same bytes, in the same way, are found, and new ones are kept.
+        shard: `(i, n)`: only the i-th (1..n) of n parts, for launches that know nothing of each other.
+        max_bad_fraction: stop when more than this part of the videos cannot be read; by default never.
+        overwrite: go on also where the folder was made with other settings, and remove the adapters that are replaced.
+
+    Returns:
+        The same in every process.
+
+    Raises:
+        DatasetError: there are no such videos, too many bad ones, or the folder is another run's.
+        VideoSpanError: sampling that no video could satisfy.
+        OSError: an adapter cannot be written; what is done is kept.
+        ValueError: a number makes no sense.
+    """
+    began = time.perf_counter()
+    asked = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
+    asked["chunk_seconds"] = chunk_seconds
+    recipe = _Recipe.of(pipeline, {name: value for name, value in asked.items() if value is not None})
+    batch_size = batch_size or pipeline._batch_size or 1
+    _check_numbers(recipe.sampling, batch_size, num_workers, shard, max_bad_fraction)
+    state = distributed_state(pipeline.device.type == "cpu")
+    folder = BulkFolder(output_dir, recipe.facts | {"layout": layout, "file_dtype": str(dtype).removeprefix("torch.")})
+    work = _Work(pipeline, recipe, BulkVideos(videos, split), folder, layout, dtype, store, batch_size)
+    try:
+        plan = _share(state, lambda: work.plan(shard, overwrite))
+        if not state.is_main_process:
+            folder.open(_journal_name(shard, state.process_index))
+        counts = work.run(plan, state, num_workers, max_bad_fraction * plan.num_videos)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            folder.merge(plan.items, remove_replaced=overwrite)
+        counts = sum(gather_object([counts]), Counter())
+    except BaseException:
+        if state.is_main_process and work.items:
+            with suppress(Exception):  # the first error is the one to be seen
+                folder.merge(work.items, remove_replaced=False)
+        raise
+    finally:
+        folder.close()
+    if counts["skipped"] > max_bad_fraction * plan.num_videos:
+        raise _too_many(counts["skipped"], plan.num_videos, max_bad_fraction, folder.path)
+    seconds = time.perf_counter() - began
+    return BulkSummary(
+        output_dir=folder.path,
+        index=folder.index,
+        num_videos=plan.num_videos,
+        num_made=counts["made"],
+        num_from_store=counts["store"],
+        num_found=plan.num_done + counts["found"],
+        num_skipped=counts["skipped"],
+        num_bytes=plan.num_bytes + counts["bytes"],
+        seconds=seconds,
+        videos_per_second=counts["made"] / seconds,
+    )
+
+
+def distributed_state(cpu: bool) -> PartialState:
+    """This process's place among those of the launch; one may wait long for another at the end of the work."""
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All that decides an adapter but the video: what `VideoToLoraPipeline.store_key` puts into its key.
+
+    Attributes:
+        sampling: options of the pipeline's call, defaults filled in.
+        facts: these and everything else.
+    """
+
+    sampling: dict[str, Any]
+    facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, pipeline: VideoToLoraPipeline, asked: dict[str, Any]) -> _Recipe:
+        processor, model = pipeline.processor, pipeline.model
+        sampling = {**pipeline._preprocess_params, **asked}
+        if "num_frames" not in sampling and "fps" not in sampling:
+            sampling["num_frames"] = processor.num_frames
+        sampling.setdefault("longest_edge", processor.longest_edge)
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+        facts = {
+            "sampling": sampling,
+            "prompt": processor.internalization_prompt,
+            "prompt_timestamps": processor.prompt_timestamps,
+            "dtype": str(model.dtype),
+            **model.base_identity(),
+            **model.hypernetwork_identity(),
+        }
+        return cls(sampling, facts)
+
+    def of_item(self, item: BulkItem) -> dict[str, Any]:
+        """Sampling of an item: its own span goes first."""
+        own = {"start": item.start, "end": item.end}
+        return self.sampling | {name: value for name, value in own.items() if value is not None}
+
+    def key(self, sha256: str | None, item: BulkItem) -> str:
+        """The key in a store."""
+        return VideoAdapterStore.key(self.facts | {"video": {"sha256": sha256}, "sampling": self.of_item(item)})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The work of a launch.
+
+    Attributes:
+        items: of the whole list, all shards.
+        units: items that share a batch, of those still to be done.
+        num_videos: of this shard.
+        num_done: of these, done already.
+        num_bytes: of their adapters.
+    """
+
+    items: list[BulkItem]
+    units: list[list[BulkItem]]
+    num_videos: int
+    num_done: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An item ready for the model, or not in need of it: exactly one of the last four is set."""
+
+    item: BulkItem
+    signature: Any = None
+    found: Entry | None = None
+    stored: VideoAdapter | None = None
+    inputs: Any = None
+    error: str | None = None
+
+
+class _Work:
+    """One process's part of a bulk run."""
+
+    def __init__(
+        self,
+        pipeline: VideoToLoraPipeline,
+        recipe: _Recipe,
+        videos: BulkVideos,
+        folder: BulkFolder,
+        layout: str,
+        dtype: torch.dtype,
+        store: VideoAdapterStore | None,
+        batch_size: int,
+    ) -> None:
+        self.pipeline, self.recipe, self.videos, self.folder = pipeline, recipe, videos, folder
+        self.layout, self.dtype, self.store, self.batch_size = layout, dtype, store, batch_size
+        self.chunked = "chunk_seconds" in recipe.sampling
+        self.items: list[BulkItem] = []
+
+    def plan(self, shard: tuple[int, int] | None, overwrite: bool) -> _Plan:
+        """List the videos, see what is done, and cut the rest into units; by the main process alone."""
+        items = self.videos.items()
+        self.folder.prepare(overwrite=overwrite, alone=shard is None)
+        self.folder.open(_journal_name(shard, 0))
+        self.items = items
+        part, parts = shard or (1, 1)
+        size = 1 if self.chunked else self.batch_size
+        own = [unit for number, unit in enumerate(plan_units(items, size)) if number % parts == part - 1]
+        done = [entry for unit in own for item in unit if (entry := self._done(item)) is not None]
+        self.folder.append(done)  # those whose files were only touched
+        finished = {(entry["video"], entry["where"], entry["start"], entry["end"]) for entry in done}
+        todo = [[item for item in unit if item.identity not in finished] for unit in own]
+        # a unit of which nothing is done keeps its batch; what is left of the others is put together
+        whole = [left for left, unit in zip(todo, own, strict=True) if len(left) == len(unit)]
+        rest = [item for left, unit in zip(todo, own, strict=True) if len(left) < len(unit) for item in left]
+        sizes = {entry["adapter"]: entry["bytes"] for entry in done}
+        num_videos = sum(map(len, own))
+        return _Plan(items, whole + plan_units(rest, size), num_videos, len(done), sum(sizes.values()))
+
+    def run(self, plan: _Plan, state: PartialState, num_workers: int, limit: float) -> Counter[str]:
+        """Do this process's units; the counts of what came of them."""
+        turns = _Turns(len(plan.units), state)
+        taken: list[int] = []
+
+        def upcoming() -> Iterator[BulkItem]:
+            for number in turns:
+                taken.append(len(plan.units[number]))
+                yield from plan.units[number]
+
+        counts: Counter[str] = Counter()
+        # while the model is at one batch, the next is made ready
+        ahead = num_workers + (1 if self.chunked else self.batch_size)
+        prepared = prepare_ahead(self.prepare, upcoming(), num_workers, ahead)
+        hide = None if state.is_main_process else True  # None: unless stderr is a terminal
+        total, done = plan.num_videos, plan.num_done
+        bar = tqdm(desc="Internalizing", unit="video", total=total, initial=done, disable=hide)
+        with closing(prepared), bar:
+            for first in prepared:
+                unit = [first, *islice(prepared, taken.pop(0) - 1)]
+                bad = self._finish(unit, counts)
+                bar.update(turns.add("finished", len(unit)) + done - bar.n)
+                if turns.add("skipped", bad) > limit:
+                    break  # other processes, too: all come to the end
+        return counts
+
+    def prepare(self, item: BulkItem) -> _Prepared:
+        """Find an item's adapter, or decode its video and prepare it for the model."""
+        if item.error is not None:
+            return _Prepared(item, error=item.error)
+        with ExitStack() as stack:
+            try:
+                signature = self.videos.signature(item)
+                video = self.videos.fetch(item)
+                if self.chunked and self.store is None and "://" in (item.video or ""):
+                    return _Prepared(item, signature, inputs=video)  # not fetched twice
+                edge = self.recipe.sampling.get("longest_edge")
+                reader = stack.enter_context(VideoReader(video, longest_edge=edge))
+                key = self.recipe.key(reader.sha256, item)
+            except Exception as error:  # whatever a file does to a library, the others go on
+                return _Prepared(item, error=_told(error))
+            if found := self.folder.find(key):
+                return _Prepared(item, signature, found=found)
+            if self.store is not None and (stored := self.store.get(key)) is not None:
+                return _Prepared(item, signature, stored=stored)
+            if self.chunked:
+                return _Prepared(item, signature, inputs=video)
+            try:
+                names = ("num_frames", "fps", "start", "end")
+                span = {name: value for name, value in self.recipe.of_item(item).items() if name in names}
+                return _Prepared(item, signature, inputs=self.pipeline.preprocess(reader.sample(**span)))
+            except Exception as error:
+                return _Prepared(item, error=_told(error))
+
+    def _finish(self, unit: Sequence[_Prepared], counts: Counter[str]) -> int:
+        """Make what is missing of a unit, write it, and note it in the journal; return how many were skipped."""
+        made = iter(self._make([ready for ready in unit if ready.inputs is not None]))
+        entries: list[Entry] = []
+        written: dict[str, int] = {}
+        for ready in unit:
+            item, error, adapter = ready.item, ready.error, ready.stored
+            if ready.inputs is not None:
+                outcome = next(made)
+                error, adapter = (outcome, None) if isinstance(outcome, str) else (None, outcome)
+            place = {"video": item.video, "where": item.where, "start": item.start, "end": item.end}
+            if error is not None:
+                logger.warning("%s is skipped: %s", item.name, error)
+                entries.append(place | {"error": error})
+                counts["skipped"] += 1
+                continue
+            if ready.found is not None:
+                facts = ready.found
+            else:
+                assert adapter is not None
+                facts = self._write(adapter, item, new=ready.stored is None)
+            counts["found" if ready.found else "store" if ready.stored else "made"] += 1
+            entry = {name: facts[name] for name in (*_FACTS, "stamp")}
+            entries.append(place | {"signature": ready.signature} | entry)
+            written[facts["adapter"]] = facts["bytes"]
+        counts["bytes"] += sum(written.values())
+        self.folder.append(entries)
+        return sum("error" in entry for entry in entries)
+
+    def _write(self, adapter: VideoAdapter, item: BulkItem, new: bool) -> Entry:
+        key = self.recipe.key(adapter.segments[0].sha256, item)
+        if new and self.store is not None:
+            self.store.put(key, adapter)
+        return self.folder.save(adapter, key, self.layout, self.dtype)
+
+    def _make(self, batch: Sequence[_Prepared]) -> list[VideoAdapter | str]:
+        """The adapter of each, or why there is none; a batch that fails is tried one by one."""
+        if not batch:
+            return []
+        try:
+            return list(self._adapters(batch))
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            told = _told(error)  # the error itself would hold on to the memory
+        if len(batch) == 1:
+            return [told]
+        return [outcome for ready in batch for outcome in self._make([ready])]
+
+    def _adapters(self, batch: Sequence[_Prepared]) -> list[VideoAdapter]:
+        if not self.chunked:
+            outputs = self.pipeline.forward(_join([ready.inputs for ready in batch]))
+            return self.pipeline.postprocess(outputs)
+        return [
+            self.pipeline._internalize_chunks(ready.inputs, self.batch_size, **self.recipe.of_item(ready.item))
+            for ready in batch
+        ]
+
+    def _done(self, item: BulkItem) -> Entry | None:
+        try:
+            return self.folder.done(item, self.videos.signature(item))
+        except OSError:
+            return None  # to be told when its turn comes
+
+
+class _Turns:
+    """Numbers of units, each given to one process of the launch, the one that asks first.
+
+    One process counts by itself; several count in the key-value store that they found each other by.
+    """
+
+    def __init__(self, num_units: int, state: PartialState) -> None:
+        self._num_units, self._counts = num_units, Counter[str]()
+        self._store: Any = None
+        prefix = f"video2lora-bulk-{next(_calls)}"  # every process calls as often
+        if state.num_processes > 1:
+            from torch.distributed import PrefixStore
+            from torch.distributed.distributed_c10d import _get_default_store
+
+            self._store = PrefixStore(prefix, _get_default_store())
+
+    def __iter__(self) -> Iterator[int]:
+        while (number := self.add("taken", 1) - 1) < self._num_units:
+            yield number
+
+    def add(self, name: str, more: int) -> int:
+        """Count, in all processes together; return the sum."""
+        if self._store is not None:
+            return self._store.add(name, more)
+        self._counts[name] += more
+        return self._counts[name]
+
+
+def plan_units(items: Sequence[BulkItem], batch_size: int) -> list[list[BulkItem]]:
+    """Consecutive items, `batch_size` at a time."""
+    return [list(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
+
+
+def _share(state: PartialState, make: Any) -> Any:
+    """What the main process makes, in every process; its error, too, so that none waits for ever."""
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome = [make()]
+        except Exception as error:
+            if state.num_processes == 1:
+                raise
+            outcome = [error]
+    (outcome,) = broadcast_object_list(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _journal_name(shard: tuple[int, int] | None, rank: int) -> str:
+    part, parts = shard or (1, 1)
+    return f"{part}-of-{parts}-{rank:05d}"
+
+
+def _told(error: BaseException) -> str:
+    from ..adapters import AdapterError
+    from ..video import VideoError
+
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (VideoError, AdapterError)) else f"{type(error).__name__}: {text}"
+
+
+def _too_many(bad: int, total: int, max_bad_fraction: float, path: Path) -> Exception:
+    from ..data.errors import DatasetError
+
+    return DatasetError(
+        f"{bad} of {total} videos could not be read, more than max_bad_fraction={max_bad_fraction:g}; "
+        f"{path / 'skipped.jsonl'} tells why. Correct or remove them and start again: what is done is kept."
+    )
+
+
+def _check_numbers(
+    sampling: dict[str, Any], batch_size: int, num_workers: int, shard: tuple[int, int] | None, max_bad_fraction: float
+) -> None:
+    request = {name: sampling.get(name) for name in ("num_frames", "fps", "start", "end")}
+    check_request(**request, source="every video")
+    if sampling.get("chunk_seconds", 1) <= 0:
+        raise VideoSpanError(f"chunk_seconds must be positive, got {sampling['chunk_seconds']}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}.")
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"shard must be (i, n) with i from 1 to n, got {shard}.")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"max_bad_fraction must be from 0 to 1, got {max_bad_fraction}.")
