@@ -1,7 +1,7 @@
 """Benchmark: 64 frames of an hour of 720p by our `load_video`, by transformers' own PyAV loader, and by torchcodec.
 
-The hour is made here: one minute of H.264 (30 frames a second, B-frames with a pyramid, a key frame every 250 frames),
-whose packets are written once for every minute with later times. The file is an ordinary one (closed groups of pictures,
+The hour is made here: one minute of H.264 (30 frames a second, B-frames with a pyramid, a key frame every 250 frames)
+whose packets are written once for every minute with later times. It is an ordinary file (closed groups of pictures,
 times that only grow), but pictures come again after a minute; frames are taken 57 s apart, so no two are alike.
 
     python benchmarks/decoding.py [--minutes 60] [--num-frames 64] [--video FILE]

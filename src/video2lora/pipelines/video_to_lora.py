@@ -21,6 +21,7 @@ from ..adapters import AdapterProvenance, Segment, VideoAdapter, VideoAdapterSto
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
 from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
 from ..video.ahead import one_ahead, prepare_ahead
+from .live import stream
 
 SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
 
@@ -122,6 +123,8 @@ class VideoToLoraPipeline(Pipeline):
             )
         adapters = self.get_iterator(videos, num_workers, batch_size, preprocess, {}, {})
         return list(_with_bar(adapters, videos)) if isinstance(videos, (list, tuple)) else adapters
+
+    stream = stream
 
     def _through_store(
         self, videos: Any, store: VideoAdapterStore, num_workers: int, batch_size: int, preprocess: dict[str, Any]

@@ -2,9 +2,11 @@
 
 from .errors import UnreadableVideoError, VideoError, VideoSpanError
 from .frames import VideoFrames, VideoInfo, is_frame
+from .live import LiveVideo
 from .reader import VideoReader, load_video, probe_video
 
 __all__ = [
+    "LiveVideo",
     "UnreadableVideoError",
     "VideoError",
     "VideoFrames",

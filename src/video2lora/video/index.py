@@ -14,7 +14,7 @@ from .compat import num_missing_packets
 from .errors import UnreadableVideoError
 from .sources import VideoSource
 
-_FALLBACK_RATE = 25  # frames per second, FFmpeg's own guess for a stream that says nothing about time
+FALLBACK_RATE = 25  # frames per second, FFmpeg's own guess for a stream that says nothing about time
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ def index_packets(source: VideoSource, container: InputContainer, stream: av.Vid
     shown: list[tuple[int, int, int]] = []  # presentation time, duration, decoding time
     keys: list[tuple[int, int, int]] = []  # presentation time, decoding time, position
     num_packets = num_errors = duration = 0
-    has_hidden_frames = stream.codec_context.name in ("vp8", "libvpx")
     for packet in packets(container, stream):
         if packet is None:
             num_errors += 1
@@ -81,7 +80,7 @@ def index_packets(source: VideoSource, container: InputContainer, stream: av.Vid
             continue
         if packet.is_keyframe:
             keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts, position))
-        if packet.is_discard or (has_hidden_frames and not memoryview(packet)[0] & 0x10):  # show_frame, RFC 6386 9.1
+        if not is_shown(packet, stream):
             continue
         shown.append((packet.pts, packet.duration or 0, packet.pts if packet.dts is None else packet.dts))
     if num_packets == 0:
@@ -99,6 +98,12 @@ def index_packets(source: VideoSource, container: InputContainer, stream: av.Vid
     key_pts, key_dts, key_packet = np.array(keys, dtype=np.int64).T
     assert stream.time_base is not None
     return PacketIndex(pts, end, stream.time_base, key_pts, key_dts, key_packet, counted, num_errors)
+
+
+def is_shown(packet: av.Packet, stream: av.VideoStream) -> bool:
+    """Whether the frame of a packet is ever on display: an edit list may drop it, and VP8 has hidden ones."""
+    hidden = stream.codec_context.name in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10  # RFC 6386 9.1
+    return not packet.is_discard and not hidden
 
 
 def packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
@@ -147,7 +152,7 @@ def _timeless_index(stream: av.VideoStream, num_packets: int, duration: int, num
     time_base = stream.time_base
     assert time_base is not None
     if duration <= 0:
-        time_base, duration = 1 / Fraction(stream.average_rate or _FALLBACK_RATE), 1
+        time_base, duration = 1 / Fraction(stream.average_rate or FALLBACK_RATE), 1
     pts = np.arange(num_packets, dtype=np.int64) * duration
     first = np.zeros(1, dtype=np.int64)
     end = num_packets * duration

@@ -16,7 +16,7 @@ import numpy as np
 from .errors import VideoSpanError
 
 # A target this close before a frame (in seconds, or in steps of the sampling grid) is on that frame: float noise.
-_SNAP = 1e-6
+SNAP = 1e-6
 
 
 def select_frames(
@@ -99,7 +99,7 @@ def check_request(
 
 def frame_at(times: np.ndarray, target: float) -> int:
     """Index of the frame on display at `target` seconds; -1 before the first one."""
-    return int(np.searchsorted(times, target + _SNAP, side="right")) - 1
+    return int(np.searchsorted(times, target + SNAP, side="right")) - 1
 
 
 def end_of_display(times: Sequence[float] | np.ndarray) -> float | None:
@@ -124,7 +124,7 @@ def _span(
         )
     if end is not None and end <= times[0]:
         raise VideoSpanError(f"{source}: end={end} s is outside the video, which starts at {times[0]:.3f} s.")
-    stop = len(times) if end is None else int(np.searchsorted(times, end - _SNAP, side="left"))
+    stop = len(times) if end is None else int(np.searchsorted(times, end - SNAP, side="left"))
     first = max(frame_at(times, begin), 0)
     return first, max(stop, first + 1), begin, limit if end is None else min(float(end), limit)
 
@@ -138,7 +138,7 @@ def _uniform(times: np.ndarray, start: float, num_frames: int, tick: float) -> n
         first = max(0.0, (start - float(times[0])) / gap)
         first = 0.0 if first <= _tolerance(gap, tick) / gap else first
         if num_frames == 1:
-            return np.array([int((first + n - 1) / 2 + _SNAP)])
+            return np.array([int((first + n - 1) / 2 + SNAP)])
         if num_frames < n:
             return np.unique(np.linspace(first, n - 1, num_frames).astype(int))
         return np.arange(int(first), n)
@@ -166,7 +166,7 @@ def _with_target(times: np.ndarray, start: float, end: float, rate: float) -> np
     high the rate.
     """
     shown_from = np.append(np.maximum(times, start), max(end, float(times[-1])))
-    targets_before = np.ceil((shown_from - start) * rate - _SNAP)
+    targets_before = np.ceil((shown_from - start) * rate - SNAP)
     targets_before[0] = 0
     return np.flatnonzero(np.diff(targets_before) > 0)
 
@@ -184,4 +184,4 @@ def _is_constant_rate(times: np.ndarray, tick: float) -> bool:
 
 def _tolerance(gap: float, tick: float) -> float:
     """Seconds a presentation time may be off; a coarse clock (AVI: one tick a frame) rounds nothing."""
-    return (tick if tick <= gap / 4 else 0.0) + gap * _SNAP
+    return (tick if tick <= gap / 4 else 0.0) + gap * SNAP

@@ -79,7 +79,7 @@ class VideoSource:
                 f"{self.name}: FFmpeg cannot read it as a video ({error.strerror}). Expected a complete file such as "
                 "MP4, MOV, WebM, MKV, AVI or GIF; check that it plays and was copied or downloaded to the end."
             ) from error
-        if _PLAYLISTS & set(container.format.name.split(",")):
+        if is_playlist(container):
             container.close()
             raise UnreadableVideoError(
                 f"{self.name}: a playlist of other files, not a video. Give one file, for example from "
@@ -181,6 +181,11 @@ class VideoSource:
             empty = self._file.seek(0, io.SEEK_END) == 0
         if empty:
             raise UnreadableVideoError(f"{self.name}: the file is empty (0 bytes). Expected a video; fetch it again.")
+
+
+def is_playlist(container: InputContainer) -> bool:
+    """Whether a file only lists others."""
+    return bool(_PLAYLISTS & set(container.format.name.split(",")))
 
 
 def source_name(video: Any) -> str:
