@@ -31,14 +31,14 @@ from video2lora.video import VideoError
 from .conditions_setup import Setup, by_itself, setup_of
 
 CONDITIONS = ["adapter", "video", "no_adapter"]
-GREEDY = {"max_new_tokens": 6, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
+GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
 PICTURES = [Image.fromarray(frame) for frame in np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8)]
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("clips")
-    return [str(tiny_clip(folder / f"{seed}.mp4", seconds=2, fps=4, seed=seed)) for seed in (1, 2)]
+    return [str(tiny_clip(folder / f"{seed}.mp4", seconds=2, fps=4, seed=seed)) for seed in (1, 3)]
 
 
 @lru_cache
@@ -77,8 +77,8 @@ class Task:
 
 def mixed_task(clips: Sequence[str]) -> Task:
     """Videos in no order, as a path and as pictures, and a text without any."""
-    videos = [[clips[0]], PICTURES, [clips[1]], [clips[0]], None, [PICTURES], [clips[0]]]
-    texts = ["What moves?", "Ünïcode — 字?", "What?", "Describe the scene in detail.", "Hello", "And then?", "Why?"]
+    videos = [[clips[0]], PICTURES, [clips[1]], [clips[0]], None, [PICTURES], [clips[1]]]
+    texts = ["What moves?", "Ünïcode — 字?", "What moves?", "Why?", "Hello", "Why?", "Why?"]
     return Task([{"text": text, "visuals": video} for text, video in zip(texts, videos, strict=True)])
 
 
@@ -99,8 +99,9 @@ def test_answers_are_those_of_plain_generation_in_order(family: str, condition: 
     expected = []
     for row in task.rows:
         inputs, options = expected_inputs(setup, condition, row)
-        expected.append(by_itself(setup, inputs, **options))
-    assert len(set(expected)) > 4
+        expected.append(by_itself(setup, inputs, max_new_tokens=12, **options))
+    num_texts = len({row["text"] for row in task.rows})
+    assert (len(set(expected)) > num_texts) == (condition != "no_adapter")  # else the video would not be seen
     queries = generation_queries(task.generation(until=[]), task.task_dict)
     for batch_size in (1, 4):
         answers = answerer_of(setup, condition, batch_size=batch_size).generate(queries)
