@@ -231,6 +231,11 @@ def test_scalars_mean_what_people_write(tmp_path: Path) -> None:
     assert training["max_steps"] == 5 and isinstance(training["max_steps"], int)
     assert run.data["train"] == ["a.jsonl", "b.jsonl"]
     assert run.config_fields == {"target_modules": ["up_proj", "down_proj"], "layers_to_transform": [1, 2]}
+    path.write_text(text + "training: {output_dir: o, fsdp: true}")  # annotated as str, takes true all the same
+    assert read_run_file(path).training["fsdp"] is True
+    assert read_run_file(path, ["training.fsdp=full_shard"]).training["fsdp"] == "full_shard"
+    with pytest.raises(CommandError, match="training.run_name is True"):
+        read_run_file(path, ["training.run_name=true"])
     path.write_text(text + "training: {output_dir: o, seed: 1, seed: 2}")
     with pytest.raises(CommandError, match="'seed' stands twice"):
         read_run_file(path)

@@ -100,7 +100,12 @@ def _known_keys() -> dict[str, dict[str, str]]:
     config = {name: _kind(kind) for name, kind in own.items() if name not in _NOT_SET_HERE and not name.isupper()}
     config = {name: kind for name, kind in config.items() if name in Video2LoraConfig.__dataclass_fields__}
     fields = dataclasses.fields(Video2LoraTrainingArguments)
-    training = {field.name: _kind(field.type) for field in fields if field.init}
+    training = {
+        # an option that may stand on a command line without its value takes true, whatever it is annotated with: fsdp
+        field.name: _kind(field.type) + " | bool" * (field.metadata.get("const") is True)
+        for field in fields
+        if field.init
+    }
     return {"model": MODEL_KEYS | config, "data": DATA_KEYS, "training": training}
 
 
@@ -170,7 +175,9 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"),
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
+    ),
     list("-+0123456789."),
 )
 
