@@ -59,6 +59,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {one_line(error)}", err=True)
             raise typer.Exit(EXPECTED_ERROR) from None
 
+    # typer keeps the line breaks of all but the first paragraph
+    run.__doc__ = "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), _DEBUG])  # type: ignore[attr-defined]
     return run
 

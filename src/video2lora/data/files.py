@@ -21,6 +21,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off what a kill left of the last line of a journal; nothing where the file is not there."""
+    if path.exists():
+        data = path.read_bytes()
+        complete = data.rfind(b"\n") + 1
+        if complete < len(data):
+            os.truncate(path, complete)
+
+
 def remove_parts(folder: Path) -> int:
     """Remove what a killed `write_atomically` left in a folder; return how many files that were."""
     parts = [path for path in folder.glob(f".*{PART}") if path.is_file()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.files import write_atomically
+from ..data.files import cut_torn_line, write_atomically
 
 FORMAT_VERSION = 1
 SETTINGS_FILE, MEASUREMENTS_FILE = "sweep.json", "measurements.jsonl"
@@ -193,7 +193,7 @@ class Folder:
         self.results = Results(dict(settings), cells, rows)
         document = dict(settings) | {"cells": [vars(cell) for cell in cells]}
         write_atomically(path / SETTINGS_FILE, json.dumps(document, indent=1).encode() + b"\n")
-        _cut_torn_line(path / MEASUREMENTS_FILE)
+        cut_torn_line(path / MEASUREMENTS_FILE)
 
     def has(self, key: str) -> bool:
         return key in self.results.rows
@@ -225,14 +225,6 @@ def read_results(path: Path) -> Results:
         raise EfficiencyError(f"{path} holds no sweep: there is no {SETTINGS_FILE} in it.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise EfficiencyError(f"the sweep in {path} is damaged ({type(error).__name__}: {error}).") from error
-
-
-def _cut_torn_line(path: Path) -> None:
-    if path.exists():
-        data = path.read_bytes()
-        complete = data.rfind(b"\n") + 1
-        if complete < len(data):
-            os.truncate(path, complete)
 
 
 def _median(row: Row | None, name: str) -> float | None:

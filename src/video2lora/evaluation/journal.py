@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.files import remove_parts, write_atomically
+from ..data.files import cut_torn_line, remove_parts, write_atomically
 from .records import ANSWERS, RECORDS, SETTINGS, EvaluationError, read_settings
 
 INFORMATIVE = {"environment", "model.id"}
@@ -86,11 +86,7 @@ class RunFolder:
                 if int(path.name[4:]) >= num_processes:
                     path.unlink()
         self._bad.write_bytes(b"")
-        if self._part.exists():
-            data = self._part.read_bytes()
-            complete = data.rfind(b"\n") + 1
-            if complete < len(data):
-                os.truncate(self._part, complete)
+        cut_torn_line(self._part)
         self._file = self._part.open("ab")
         return self.attempts()
 
