@@ -90,6 +90,32 @@ def test_what_has_to_be_fetched_is_told_and_nothing_is(
     assert done.stderr.startswith("error: ") and "has to be fetched first" in done.stderr
     assert "GB" in done.stderr and "Licence" in done.stderr and "--download" in done.stderr
     assert not (tmp_path / "run").exists()
+    done = run("evaluate", model_dir, "-b", names[0], *SETTINGS, "-o", tmp_path / "run", "--data-dir", tmp_path)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ") and "has no annotations" in done.stderr
+    assert any(line.startswith("  - videos: ") for line in done.stderr.splitlines())
+
+
+def test_a_run_without_its_baseline_says_so(
+    run: Callable[..., Any], model_dir: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", model_dir, "-b", rows_file, *SETTINGS, "--max-bad-fraction", 0.5, "-o", tmp_path / "run"]
+    done = run(*arguments, "--conditions", "no_adapter")
+    assert done.exit_code == 0, done.stderr
+    assert "no verdicts: the baseline, video, is none of the conditions" in done.stdout
+
+
+def test_verdicts_that_show_nothing_of_the_video_are_told(
+    run: Callable[..., Any], model_dir: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", model_dir, "-b", rows_file, *SETTINGS, "--max-bad-fraction", 0.5, "-o", tmp_path / "run"]
+    done = run(
+        *arguments, "--metrics", "exact_match,unended", "--margin", "exact_match=0.5", "--margin", "unended=0.5"
+    )
+    assert done.exit_code == 0, done.stderr
+    remark = "exact_match: no_adapter and other_adapter saw nothing of the video"  # no answer of noise is "red"
+    assert done.stdout.count("saw nothing of the video") == 1 and remark in done.stdout
+    assert "saw nothing of the video" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
 def test_download_is_done_when_told(
@@ -232,11 +258,23 @@ def test_a_run_that_was_declared_otherwise_is_refused(
         (["--download"], "--download"),
         (["-b", "vidcapbnch"], "vidcapbench"),
         (["-b", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--margin", "token_f1=5"], "from 0 to 1"),
+        (["--judge", "some/model"], "VIDEO2LORA_JUDGE_API_KEY"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "--judge MODEL"),
+        (["-o", __file__], "is a file"),
     ],
 )
 def test_errors_are_one_line(
-    options: list[Any], named: str, run: Callable[..., Any], model_dir: Path, rows_file: Path, tmp_path: Path
+    options: list[Any],
+    named: str,
+    run: Callable[..., Any],
+    model_dir: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.delenv(command.JUDGE_KEY, raising=False)
     arguments = ["evaluate", model_dir, "-b", rows_file, *SETTINGS, "-o", tmp_path / "run"]
     done = run(*arguments, *options)
     assert done.exit_code == 2, done.stdout

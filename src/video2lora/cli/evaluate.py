@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -97,6 +97,8 @@ def evaluate(
         if value is None:
             raise CommandError(f"{name} is missing. (`video2lora evaluate --list` shows the benchmarks.)")
     assert checkpoint is not None and benchmark is not None and output is not None  # for mypy
+    if output.exists() and not output.is_dir():
+        raise CommandError(f"--output {output} is a file: name the folder of the run.")
     from ..data.errors import DatasetError
     from ..evaluation.records import EvaluationError
     from .teach import _state
@@ -104,6 +106,7 @@ def evaluate(
     asked = {"split": split, "tasks": _names(tasks), "num_samples": _count(num_samples), "num_frames": num_frames}
     state = _state(device)
     try:
+        _check_judge(judge, judge_url)
         with state.main_process_first():
             samples = _load_benchmark(benchmark, data_dir, download and state.is_main_process, asked)
         scored = _metrics(metrics, samples, judge)
@@ -196,19 +199,45 @@ def _load_benchmark(name: str, data_dir: Path | None, download: bool, asked: dic
     Raises:
         typer.Exit: it lies nowhere yet; what has to be fetched was said.
     """
-    from ..evaluation.benchmarks import BENCHMARKS, load_benchmark
+    from ..evaluation.benchmarks import BENCHMARKS, BenchmarkError, load_benchmark
     from ..evaluation.benchmarks import download as fetch
 
     spec = BENCHMARKS.get(name)
     if spec is not None and spec.downloads and data_dir is None:
-        typer.echo(f"error: {spec.title} has to be fetched first. {spec.instructions()}", err=True)
-        typer.echo("Or let this command fetch it: --data-dir DIR --download", err=True)
-        raise typer.Exit(EXPECTED_ERROR)
+        _say_what_to_fetch(f"{spec.title} has to be fetched first. {spec.instructions()}")
     if download:
         if spec is None or not spec.downloads or data_dir is None:
             raise CommandError(f"--download: there is nothing to fetch for {name}.")
         fetch(name, data_dir, tell=lambda line: typer.echo(line, err=True))
-    return load_benchmark(name, data_dir=data_dir, **asked)
+    try:
+        return load_benchmark(name, data_dir=data_dir, **asked)
+    except BenchmarkError as error:
+        if "\n" not in str(error):
+            raise
+        _say_what_to_fetch(str(error))
+
+
+def _say_what_to_fetch(text: str) -> NoReturn:
+    """End with an error of several lines: what a benchmark needs is a list."""
+    typer.echo(f"error: {text}", err=True)
+    raise typer.Exit(EXPECTED_ERROR)
+
+
+def _check_judge(model: str | None, url: str | None) -> None:
+    """Refuse, before anything is answered, a judge that nobody may ask.
+
+    Raises:
+        CommandError: a provider is to be asked, and there is no key.
+    """
+    from huggingface_hub import get_token
+
+    if model is None and url is not None:
+        raise CommandError("--judge-url: name the model that judges, too: --judge MODEL.")
+    if model is not None and url is None and not os.environ.get(JUDGE_KEY) and get_token() is None:
+        raise CommandError(
+            f"--judge {model}: a provider wants a key. Set {JUDGE_KEY}, log in with `hf auth login`, or name a server "
+            "of your own: --judge-url."
+        )
 
 
 def _judge(model: str, url: str | None, benchmark: Benchmark, show: bool, conditions: list[str] | None) -> Judge:
@@ -268,6 +297,8 @@ def _verdicts(run: EvaluationRun) -> list[Verdict]:
 
 
 def _show(run: EvaluationRun, files: list[Path], json: bool) -> None:
+    from ..evaluation.scoring import remarks
+
     scores, found = _scores(run), _verdicts(run)
     unscored = {metric: count for metric in run.settings["metrics"] if (count := run.unscored(metric))}
     if json:
@@ -276,6 +307,7 @@ def _show(run: EvaluationRun, files: list[Path], json: bool) -> None:
                 "run": str(run.path),
                 "scores": scores,
                 "verdicts": [_verdict(verdict) for verdict in found],
+                "remarks": remarks(found),
                 "errors": run.errors,
                 "unscored": unscored,
                 "files": [str(file) for file in files],
@@ -286,6 +318,10 @@ def _show(run: EvaluationRun, files: list[Path], json: bool) -> None:
     print_table(columns, [[_cell(row[name]) for name in columns] for row in scores])
     for verdict in found:
         typer.echo(_sentence(verdict))
+    for remark in remarks(found):
+        typer.echo(remark)
+    if run.settings["baseline"] not in run.conditions:
+        typer.echo(f"no verdicts: the baseline, {run.settings['baseline']}, is none of the conditions")
     fields: dict[str, object] = {"run": run.path, **{file.name: file for file in files if file.parent == run.path}}
     if run.errors:
         sample, error = next(iter(run.errors.items()))
@@ -316,13 +352,14 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 def _sentence(verdict: Verdict) -> str:
     """Effect, interval and verdicts in a line."""
+    from ..evaluation.report_numbers import claims_of
+
     found = verdict.comparison
     level = 100 * (1 - 2 * found.alpha)
-    said = [name for name in ("equivalent", "non_inferior", "superior") if getattr(found, name)]
     return (
         f"{verdict.metric}: {verdict.condition} - {verdict.baseline} = {found.effect:+.3f} "
         f"[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}] ({level:g} %), margin {found.margin:g}: "
-        f"{', '.join(said).replace('_', '-') or 'neither equivalent nor non-inferior'}"
+        f"{', '.join(claims_of(found)) or 'neither equivalent nor non-inferior'}"
     )
 
 

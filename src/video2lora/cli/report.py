@@ -107,7 +107,8 @@ def _samples(run: Path, data_dir: Path | None) -> Iterator[Sample] | None:
     """The samples of a run's benchmark, loaded when a report first asks for a video; None where nobody said where."""
     from ..evaluation.records import read_run
 
-    benchmark = read_run(run).settings["benchmark"]
+    settings = read_run(run).settings
+    benchmark = settings["benchmark"] | {"num_frames": settings["sampling"]["num_frames"]}
     if benchmark["name"] == "moving_shapes":  # made on the spot
         return _load(benchmark, None)
     if data_dir is None:
@@ -131,6 +132,7 @@ def _load(benchmark: dict[str, Any], data_dir: Path | None) -> Iterator[Sample]:
             num_samples="all" if data_dir is not None else benchmark["num_samples"],
             seed=benchmark["seed"],
             tasks=benchmark["tasks"] or None,
+            num_frames=benchmark["num_frames"],
         )
     except DatasetError as error:
         note(f"no frames are drawn: {error}")

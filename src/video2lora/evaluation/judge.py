@@ -343,9 +343,9 @@ class Judge:
             self._settle_refused(state)
         if state.problem is not None:
             judgments = [self._look_up(item) for item in items]
-            left = judgments.count(None)
+            left, problem = judgments.count(None), state.problem.rstrip(".")
             raise JudgeError(
-                f"the judge {self.model} left {left} of {len(items)} answers without a verdict: {state.problem}. "
+                f"the judge {self.model} left {left} of {len(items)} answers without a verdict: {problem}. "
                 "What it has judged is kept: put that right and call again, and only the rest is asked.",
                 judgments,
             )

@@ -52,7 +52,10 @@ def heat_map(
 
     known = [value for line in values for value in line if not math.isnan(value)] or [0.0]
     if centre is None:
-        norm, colours = Normalize(min(known), max(max(known), min(known) + 1e-9)), HEAT
+        low, high = min(known), max(known)
+        if high - low < 1e-9:  # one value has no range of its own: that of scores
+            low, high = min(low, 0.0), max(high, 1.0)
+        norm, colours = Normalize(low, high), HEAT
     else:
         reach = max(*(abs(value - centre) for value in known), 1e-9)
         norm, colours = Normalize(centre - reach, centre + reach), "PuOr"

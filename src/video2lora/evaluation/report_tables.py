@@ -13,6 +13,7 @@ from .paper import PRINTED_RESULTS, SIZES, PrintedResult
 from .report_document import Block, Bullets, Case, Figure, Heading, Link, Section, Table, Text
 from .report_frames import ClipFrames, pick_cases
 from .report_numbers import Effect, RunNumbers
+from .scoring import Verdict, remarks
 
 PAPER_FILE = "paper_verdicts.md"
 PAPER_NAMES = {
@@ -71,7 +72,8 @@ def _declared(numbers: RunNumbers) -> list[tuple[str, str]]:
     settings = numbers.settings
     benchmark, model, base = settings["benchmark"], settings["model"], settings["base"]
     sampling, decoding, environment = settings["sampling"], settings["decoding"], settings["environment"]
-    where = [benchmark.get("dataset"), benchmark.get("revision"), benchmark.get("split")]
+    dataset = benchmark.get("dataset")
+    where = [dataset, benchmark.get("revision") if dataset else None, benchmark.get("split")]
     frames = f"{sampling['fps']:g} a second" if sampling.get("fps") else f"{sampling['num_frames']}"
     edge = sampling.get("longest_edge")
     identity = model.get("hypernetwork_revision") or model.get("hypernetwork_sha256")
@@ -143,7 +145,14 @@ def in_short(numbers: RunNumbers) -> Section:
     if not rows:
         return Section("In short", [Text("No metric was scored.")])
     columns = ("metric", "condition", "mean", "effect", "interval", "kept", "verdict")
-    return Section("In short", [Table(columns, rows, numbers_from=2)])
+    blocks: list[Block] = [Table(columns, rows, numbers_from=2)]
+    if remarked := remarks([
+        Verdict(effect.metric, effect.condition, numbers.baseline, effect.comparison)
+        for metric in metrics if metric in numbers.settings["margins"]
+        for effect in numbers.effects(metric) if effect.task is None
+    ]):  # fmt: skip
+        blocks.append(Bullets(remarked))
+    return Section("In short", blocks)
 
 
 def scores(numbers: RunNumbers) -> list[Section]:
@@ -231,9 +240,10 @@ def degeneration(numbers: RunNumbers) -> Section:
     for condition in numbers.conditions:
         cells = [form.mean(numbers.mean(metric, condition)) for metric in metrics]
         ended, tokens = numbers.values(condition, "ended"), numbers.values(condition, "num_tokens")
-        cut = form.share([not done for done in ended])
-        rows.append([condition, f"{len(ended):,}", *cells, cut, form.count_range(tokens)])
-    columns = ("condition", "answers", *metrics, "cut off at the limit", "tokens: median (least to most)")
+        cut = [] if "unended" in metrics else [form.share([not done for done in ended])]
+        rows.append([condition, f"{len(ended):,}", *cells, *cut, form.count_range(tokens)])
+    unended = () if "unended" in metrics else ("cut off at the limit",)
+    columns = ("condition", "answers", *metrics, *unended, "tokens: median (least to most)")
     return Section("Degeneration", [Table(columns, rows)])
 
 

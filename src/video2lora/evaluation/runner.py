@@ -94,7 +94,7 @@ def evaluate_model(
     chosen = _metrics(benchmark, metrics, judge)
     margins = {n: m for n, m in benchmark.spec.margins.items() if n in chosen} if margins is None else dict(margins)
     _check(made, baseline, chosen, margins, alpha, num_workers, max_bad_fraction)
-    check_metrics(chosen, judge)
+    check_metrics(chosen, judge, margins)
     work = Work(processor, benchmark, made, decoding)
     settings = run_settings(model, processor, benchmark, made, decoding) | {
         "seed": seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ from .samples import Answer
 if TYPE_CHECKING:
     from .judge import Judge
     from .statistics import PairedComparison
+
+WITHOUT_THE_VIDEO = ("no_adapter", "other_adapter")
+"""Conditions that know nothing of the video asked about."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def score_run(
     return run
 
 
-def check_metrics(metrics: Sequence[str], judge: Judge | None) -> None:
+def check_metrics(metrics: Sequence[str], judge: Judge | None, margins: Mapping[str, float] | None = None) -> None:
     """Refuse, before anything is answered, what could not be scored for want of a name, a judge or a library.
 
     Raises:
@@ -74,6 +77,12 @@ def check_metrics(metrics: Sequence[str], judge: Judge | None) -> None:
     for name in metrics:
         if name not in METRICS:
             raise EvaluationError(f"there is no metric {name!r}: there are {', '.join(METRICS)}.")
+        low, high = METRICS[name].range
+        if margins is not None and margins.get(name, 0) >= high - low:
+            raise EvaluationError(
+                f"the margin of {name} is {margins[name]:g}, but its scores are from {low:g} to {high:g}: any two "
+                "models would be equivalent. The paper's margins are 0.05 (token_f1) and 0.15 (judge)."
+            )
         if "judge" not in METRICS[name].needs:
             try:
                 score(name, ["a"], [["a"]], questions=["a"], answers=[Answer("a", 1, True, 0, 0, 0)])
@@ -112,6 +121,20 @@ def verdicts(run: EvaluationRun) -> list[Verdict]:
     return found
 
 
+def remarks(found: Sequence[Verdict]) -> list[str]:
+    """What verdicts do not show: a metric in which conditions without the video lose nothing tells nothing of it."""
+    said = []
+    for metric in dict.fromkeys(verdict.metric for verdict in found):
+        own = [verdict for verdict in found if verdict.metric == metric and verdict.comparison.higher_is_better]
+        blind = [v.condition for v in own if v.condition in WITHOUT_THE_VIDEO and v.comparison.non_inferior]
+        if blind:
+            said.append(
+                f"{metric}: {' and '.join(blind)} saw nothing of the video, and no loss beyond the margin against "
+                f"{own[0].baseline} is there either. So no verdict in {metric} shows that anything of a video is kept."
+            )
+    return said
+
+
 def _scores(records: Any, metric: str, judge: Judge | None) -> list[float | None]:
     """A score for each row; None where there is no answer, no reference though one is needed, or no grade."""
     from .judge import JudgeError
@@ -138,7 +161,7 @@ def _scores(records: Any, metric: str, judge: Judge | None) -> list[float | None
         found = [None if judgment is None else judgment.score for judgment in error.judgments]
         found = found or [None] * len(chosen)
         logger.warning(
-            "%s: %d of %d answers have no score: %s Score again to go on from those that have.",
+            "%s: %d of %d answers have no score: %s",
             metric,
             found.count(None),
             len(found),

@@ -144,9 +144,9 @@ class BenchmarkSpec:
         lines = ["It needs:"] + [f"  - {download}" for download in self.downloads]
         lines.append(f"Licence: {self.license or 'not stated'}. Access: {self.access or 'open'}.")
         if any(download.repo for download in self.downloads):
-            call = f"from video2lora.evaluation.benchmarks import download; download({self.name!r}, {folder!r})"
-            lines.append(f'Fetch it with: python -c "{call}"')
-        lines.append(f"Then give data_dir={folder!r}.")
+            python = f"video2lora.evaluation.benchmarks.download({self.name!r}, {folder!r})"
+            lines.append(f"Fetch it: video2lora evaluate ... --data-dir {folder} --download; in Python: {python}")
+        lines.append(f"What lies in a folder is read from there: --data-dir {folder}; in Python: data_dir={folder!r}")
         return "\n".join(lines)
 
 
