@@ -216,7 +216,7 @@ class Hypernetwork(nn.Module):
         def join(tensors: Tensor, static: Tensor | None) -> Tensor:
             adapters = []
             for part in tensors.split(counts):
-                rows = list(part.unbind(0)) + ([static.to(part.dtype)] if static is not None else [])
+                rows = list(part.unbind(0)) + ([static.to(part)] if static is not None else [])
                 rows.append(part.new_zeros(part.shape[1], (max(counts) - len(part)) * self.rank, part.shape[3]))
                 adapters.append(torch.cat(rows, dim=1))
             return torch.stack(adapters)

@@ -67,45 +67,55 @@ def stream(
         raise ValueError("pass chunk_seconds=, the length of the chunks that a live video is cut into.")
     if sampling.keys() & {"start", "end"}:
         raise ValueError("a live video has no start and end to be cut to: it is read from where it is until it ends.")
-    static_rank = self.model.hypernetwork.rank if self.model.hypernetwork.use_static_lora else 0
     if max_segments is not None and max_segments < 1:
         raise ValueError(f"max_segments must be at least 1, got {max_segments}.")
-    if max_rank is not None and max_rank <= static_rank:
-        raise ValueError(f"max_rank={max_rank} leaves no rank for a segment: the static part alone has {static_rank}.")
+    if max_rank is not None and max_rank <= self.static_rank:
+        raise ValueError(
+            f"max_rank={max_rank} leaves no rank for a segment: the static part alone has {self.static_rank}."
+        )
     if "num_frames" not in sampling and "fps" not in sampling:
         sampling["num_frames"] = self.processor.num_frames
     sampling.setdefault("longest_edge", self.processor.longest_edge)
     video = LiveVideo(source, chunk_seconds=length, frame_rate=frame_rate, timeout=timeout, **sampling)
-    return _adapters(self, video, max_segments, max_rank, static_rank)
+    return _adapters(self, video, max_segments, max_rank)
 
 
 def _adapters(
-    pipeline: VideoToLoraPipeline, video: LiveVideo, max_segments: int | None, max_rank: int | None, static_rank: int
+    pipeline: VideoToLoraPipeline, video: LiveVideo, max_segments: int | None, max_rank: int | None
 ) -> Iterator[VideoAdapter]:
     room = max_segments
     if max_rank is not None:
-        room = max_rank - static_rank if room is None else min(room, max_rank - static_rank)
+        most = max_rank - pipeline.static_rank
+        room = most if room is None else min(room, most)
     adapter: VideoAdapter | None = None
     with ExitStack() as stack:
         chunks = (pipeline._prepare(frames) for frames in video)
         prepared = stack.enter_context(closing(one_ahead(chunks)))
         stack.callback(video.stop)  # first, for closing waits for the chunk that is on its way
         for inputs in prepared:
-            (newest,) = pipeline.postprocess(pipeline.forward(inputs))
-            adapter = compose_adapters([*_with_room(adapter, room), newest])
-            if max_rank is not None and adapter.rank > max_rank:
-                adapter, _ = adapter.truncate(max_rank, keep_segments=True)
+            adapter = grow(_with_room(adapter, room), pipeline.postprocess(pipeline.forward(inputs)), max_rank)
             yield adapter
 
 
-def _with_room(adapter: VideoAdapter | None, room: int | None) -> list[VideoAdapter]:
-    """The adapter without its oldest segments, so that one more fits; nothing where only that one does."""
+def grow(adapter: VideoAdapter | None, newest: list[VideoAdapter], max_rank: int | None) -> VideoAdapter:
+    """The adapter with the newest segments behind its own, kept to a rank.
+
+    Truncating again and again gives what truncating once gives: a segment keeps its first singular directions, and
+    its share only falls as others come.
+    """
+    grown = compose_adapters([adapter, *newest] if adapter else newest)
+    if max_rank is not None and grown.rank > max_rank:
+        grown, _ = grown.truncate(max_rank, keep_segments=True)
+    return grown
+
+
+def _with_room(adapter: VideoAdapter | None, room: int | None) -> VideoAdapter | None:
+    """The adapter without its oldest segments, so that one more fits; None where only that one does."""
     if adapter is None or room is None or len(adapter.segments) < room:
-        return [] if adapter is None else [adapter]
+        return adapter
     if room == 1:
-        return []
+        return None
     latest = adapter.select(start=adapter.segments[1 - room].start)
     # of an endless stream only what happened since the oldest segment came
     truncations = latest.provenance.truncations[-len(latest.segments) :]
-    provenance = replace(latest.provenance, truncations=truncations)
-    return [VideoAdapter(latest.weights, latest.targets, latest.base, provenance)]
+    return replace(latest, provenance=replace(latest.provenance, truncations=truncations))

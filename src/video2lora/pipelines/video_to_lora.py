@@ -21,9 +21,9 @@ from ..adapters import AdapterProvenance, Segment, VideoAdapter, VideoAdapterSto
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
 from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
 from ..video.ahead import one_ahead, prepare_ahead
-from .live import stream
+from .live import grow, stream
 
-SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
+SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds", "max_rank")
 
 
 class VideoToLoraPipeline(Pipeline):
@@ -73,6 +73,7 @@ class VideoToLoraPipeline(Pipeline):
         end: float | None = None,
         longest_edge: int | None = None,
         chunk_seconds: float | None = None,
+        max_rank: int | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
         store: VideoAdapterStore | None = None,
@@ -89,7 +90,9 @@ class VideoToLoraPipeline(Pipeline):
             longest_edge: pixels to which frames are shrunk.
             chunk_seconds: cut the span into chunks of at most this length, each read by itself with `num_frames`
                 frames, and composed into one adapter of rank `(chunks + 1) * rank`. Chunks are decoded, read and let
-                go one after the other, so a long video needs no more memory than a short one.
+                go one after the other, so a long video needs no more memory than a short one, but for its adapter.
+            max_rank: with `chunk_seconds`, keep the adapter to this rank, the static part's included, as it grows;
+                the chunks share it by what they have to say ([`VideoAdapter.truncate`] with `keep_segments`).
             batch_size: videos, or chunks of one, internalized together.
             num_workers: threads that decode ahead while the model works (chunks: always one).
             store: where adapters made before of the same bytes, in the same way, are found, and new ones are kept.
@@ -102,8 +105,10 @@ class VideoToLoraPipeline(Pipeline):
             TypeError: `videos` is nothing a video comes as, nor a list, generator or dataset.
         """
         options = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
-        options["chunk_seconds"] = chunk_seconds
+        options |= {"chunk_seconds": chunk_seconds, "max_rank": max_rank}
         preprocess = {**self._preprocess_params, **{k: v for k, v in options.items() if v is not None}}
+        if "max_rank" in preprocess and "chunk_seconds" not in preprocess:
+            raise ValueError("max_rank is shared by the chunks of a video: pass chunk_seconds= too.")
         batch_size = batch_size or self._batch_size or 1
         num_workers = num_workers or self._num_workers or 0
         if store is not None:
@@ -196,16 +201,28 @@ class VideoToLoraPipeline(Pipeline):
         while batch := list(islice(prepared, batch_size)):
             yield from self.postprocess(self.forward(_join(batch), **forward_params), **postprocess_params)
 
-    def _internalize_chunks(self, video: Any, batch_size: int, **sampling: Any) -> VideoAdapter:
+    def _internalize_chunks(
+        self, video: Any, batch_size: int, max_rank: int | None = None, **sampling: Any
+    ) -> VideoAdapter:
         """One adapter from the chunks of a video, of which only a few are in memory at a time."""
         video, sampling = _span_of(video, sampling)
-        prepared = one_ahead(self._prepare(frames) for frames in self._segments(video, **sampling))
+        most = None if max_rank is None else max_rank - self.static_rank
+        prepared = one_ahead(self._prepare(frames) for frames in self._segments(video, max_chunks=most, **sampling))
         parts, segments = [], []
+        adapter: VideoAdapter | None = None
         while batch := list(islice(prepared, batch_size)):
             outputs = self.forward(_join(batch))
+            if max_rank is not None:
+                adapter = grow(adapter, self.postprocess(outputs), max_rank)
+                continue
             parts.append(outputs["generated"])
             segments += outputs["segments"]
-        return self._adapters(stack_lora(parts), [segments])[0]
+        return self._adapters(stack_lora(parts), [segments])[0] if adapter is None else adapter
+
+    @property
+    def static_rank(self) -> int:
+        """Ranks of the hypernetwork's static part, which every adapter has."""
+        return self.model.hypernetwork.rank if self.model.hypernetwork.use_static_lora else 0
 
     def preprocess(self, video: Any, **sampling: Any) -> dict[str, list[Any]]:  # type: ignore[override]
         """Decode a video and prepare it for the model."""
@@ -218,7 +235,12 @@ class VideoToLoraPipeline(Pipeline):
         return {"inputs": [dict(features)], "segments": [self._describe(frames, features["input_ids"])]}
 
     def _segments(
-        self, video: Any, chunk_seconds: float | None = None, longest_edge: int | None = None, **sampling: Any
+        self,
+        video: Any,
+        chunk_seconds: float | None = None,
+        longest_edge: int | None = None,
+        max_chunks: int | None = None,
+        **sampling: Any,
     ) -> Iterator[VideoFrames]:
         """The frames of a video, or of each of its chunks one after the other, from one opened file."""
         if isinstance(video, VideoFrames):
@@ -228,6 +250,11 @@ class VideoToLoraPipeline(Pipeline):
             sampling["num_frames"] = self.processor.num_frames
         with VideoReader(video, longest_edge=longest_edge or self.processor.longest_edge) as reader:
             spans = [sampling] if chunk_seconds is None else _chunks(reader.duration, chunk_seconds, sampling)
+            if max_chunks is not None and len(spans) > max_chunks:
+                raise VideoSpanError(
+                    f"{reader.name}: {len(spans)} chunks, but max_rank={max_chunks + self.static_rank} has room for "
+                    f"{max(max_chunks, 0)} beside the static part's {self.static_rank}. Raise one or the other."
+                )
             for span in spans:
                 yield reader.sample(**span)
 
@@ -256,7 +283,7 @@ class VideoToLoraPipeline(Pipeline):
     def _adapters(self, generated: LoraWeights, segments: list[list[Segment]]) -> list[VideoAdapter]:
         """Adapters with their provenance, each of consecutive generated segments."""
         hypernetwork, config = self.model.hypernetwork, self.model.config
-        weights = hypernetwork.combine(generated.to(hypernetwork.device), [len(parts) for parts in segments])
+        weights = hypernetwork.combine(generated, [len(parts) for parts in segments])
         origin: dict[str, Any] = {
             "base_model": config.base_model_name_or_path,
             "base_revision": config.base_model_revision,
