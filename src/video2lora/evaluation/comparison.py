@@ -9,7 +9,7 @@ from typing import Any
 
 from . import report_format as form
 from .records import EvaluationError, EvaluationRun, read_run
-from .report_document import escape_markdown
+from .report_document import escape_markdown, markdown_table
 from .report_numbers import RESAMPLES, Effect, RunNumbers, with_holm
 from .statistics import PairedComparison, compare
 
@@ -56,15 +56,15 @@ class RunComparison:
             f"question; {self.level} BCa bootstrap interval over whole videos. "
             + ("No margin, so no verdict." if margin is None else f"Margin {margin:g}."),
             "",
-            _row(_COLUMNS),
-            _row(["---"] * 2 + ["---:"] * (len(_COLUMNS) - 2)),
         ]
+        rows = []
         for effect in self.effects:
             c = effect.comparison
             cells = [escape_markdown(form.task_name(effect.task)), f"{c.n:,} ({c.num_clusters:,})"]
             cells += [form.score(c.baseline_mean), form.score(c.candidate_mean), form.signed(c.effect)]
             cells += [form.interval(c.interval, "+.3f"), form.retention(c), form.verdict(effect)]
-            lines.append(_row([*cells, form.holm_verdict(effect)]))
+            rows.append([*cells, form.holm_verdict(effect)])
+        lines += [markdown_table(_COLUMNS, rows, numbers_from=2)]
         lines += ["", "Settings that differ:" if self.differences else "All settings are the same.", ""]
         for name, values in self.differences.items():
             a, b = (escape_markdown(str(value)) for value in values)
@@ -175,7 +175,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
-
-
-def _row(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"

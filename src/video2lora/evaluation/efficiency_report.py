@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..data.files import write_atomically
 from . import efficiency_paper as paper
 from .efficiency_results import Cell, Results, break_even, decode_key, preprocess_key, query_key
+from .report_document import markdown_table
 
 REPORT_FILE = "report.md"
 NONE = "-"
@@ -54,12 +54,6 @@ def report(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def cases_of(results: Results) -> list[tuple[Cell, str]]:
     """One cell of each case, and the columns that share it, in order."""
     shared: dict[str, list[Cell]] = {}
@@ -88,7 +82,7 @@ def _queries(results: Results) -> str:
             ]
         )
     header = ["", "tokens", "first token ms", "ms a token", "peak GB", "adapter MB (bfloat16 file)", "merging ms"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _cases(results: Results) -> str:
@@ -117,7 +111,7 @@ def _cases(results: Results) -> str:
                 NONE if size is None else f"{size / 1e6:,.1f}",
             ]
         )
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _cpu(results: Results) -> str:
@@ -146,7 +140,7 @@ def _cpu(results: Results) -> str:
         )
     if scaled:
         notes.append(f"~: reckoned from {max(scaled)} frames, of which each costs the same.")
-    return " ".join(notes) + "\n\n" + table(header, rows)
+    return " ".join(notes) + "\n\n" + markdown_table(header, rows)
 
 
 def _break_even(results: Results) -> str:
@@ -167,7 +161,7 @@ def _break_even(results: Results) -> str:
         cache = results.get(cell, "kv_cache", "kv_cache_bytes")
         line.append(NONE if not adapter or not cache else f"{cache / adapter:,.0f}x")
         rows.append(line)
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _verdict(results: Results) -> str:
@@ -226,7 +220,7 @@ def _paper(results: Results, size: str) -> str:
             line.append(f"{fewer:,.0f}x ({_times(paper.token_reduction(size, frames, edge))})")
         rows.append(line)
     header = ["frames", *(f"sooner, {edge} px" for edge in edges), *(f"fewer tokens, {edge} px" for edge in edges)]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _title(condition: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .report_document import markdown_table
 from .statistics import Verdicts, interval_verdicts
 
 __all__ = [
@@ -203,11 +204,11 @@ def paper_verdicts_markdown() -> str:
         *([f"- does not follow: {text}" for text in differing] or ["No printed verdict differs from the rule."]),
     ]
     for table in TITLES:
-        lines += ["", f"### Table {table}: {TITLES[table]}", "", *_table(table)]
+        lines += ["", f"### Table {table}: {TITLES[table]}", "", _table(table)]
     return "\n".join([*lines, "", "### Beside the verdicts", "", *_remarks(), ""])
 
 
-def _table(table: str) -> list[str]:
+def _table(table: str) -> str:
     columns = (
         "Benchmark",
         "Model",
@@ -223,7 +224,7 @@ def _table(table: str) -> list[str]:
         "NI paper",
         "NI rule",
     )
-    lines = [_row(columns), _row(["---"] * len(columns))]
+    rows = []
     for result in PRINTED_RESULTS:
         if result.table == table:
             cells = (
@@ -241,8 +242,8 @@ def _table(table: str) -> list[str]:
                 _mark(result.non_inferior),
                 _mark(result.verdicts.non_inferior),
             )
-            lines.append(_row(cells))
-    return lines
+            rows.append(cells)
+    return markdown_table(columns, rows)
 
 
 def _remarks() -> list[str]:
@@ -283,10 +284,6 @@ def _average_remark(table: str, size: str) -> str:
     if average.verdicts.equivalent and failing:
         text += f" It passes as equivalent; of its {len(rows)} benchmarks {failing} do not."
     return text
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _mark(verdict: bool) -> str:

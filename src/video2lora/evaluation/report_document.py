@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -127,6 +127,13 @@ def to_html(document: Document, folder: Path) -> str:
     return _template("report.html").render(
         document=document, embed=embed, begin=Markup(TIMES_BEGIN), end=Markup(TIMES_END)
     )
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int | None = None) -> str:
+    """A table of Markdown, of cells that are Markdown; columns from `numbers_from` on stand to the right."""
+    left = len(columns) if numbers_from is None else numbers_from
+    marks = ["---" if place < left else "---:" for place in range(len(columns))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, marks, *rows))
 
 
 def without_times(text: str) -> str:
