@@ -32,7 +32,7 @@ def main() -> None:
     model, processor = build(options)
     queries = {"queries_per_video": options.queries, "tasks": options.tasks}
     train = VariedClips(options.steps * options.batch_size, seed=options.seed, lengths=options.lengths, **queries)
-    validation = MovingShapes("validation", 512, queries_per_video=None, tasks=options.tasks)
+    validation = MovingShapes("validation", options.validation, queries_per_video=None, tasks=options.tasks)
     trainer = Video2LoraTrainer(
         model,
         arguments(options),
@@ -70,6 +70,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy on the answers")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
+    parser.add_argument("--validation", type=int, default=512, help="clips")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -76,8 +76,9 @@ def main() -> None:
         log = {"step": trainer.step, "exact_match": rows}
         with open(options.output / "validation.jsonl", "a") as file:
             file.write(json.dumps(log) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # workers still hold batches drawn ahead
+    if options.workers:
+        sys.stdout.flush()
+        os._exit(0)  # workers still hold batches drawn ahead
 
 
 def load_tokenizer(output: Path) -> PreTrainedTokenizerFast:
