@@ -217,7 +217,11 @@ class VideoToLoraPipeline(Pipeline):
                 continue
             parts.append(outputs["generated"])
             segments += outputs["segments"]
-        return self._adapters(stack_lora(parts), [segments])[0] if adapter is None else adapter
+        if adapter is None:
+            generated = stack_lora(parts)
+            parts.clear()  # of an hour they may be as large as everything else together
+            (adapter,) = self._adapters(generated, [segments])
+        return adapter
 
     @property
     def static_rank(self) -> int:

@@ -19,6 +19,10 @@ from .pixels import FrameConverter
 from .sources import best_video_stream, is_playlist, source_name
 from .waiting import WaitingFile
 
+KINDS = (
+    "Expected a kind that can be read from front to end: MPEG-TS, MKV, WebM, FLV, fragmented MP4, raw H.264. An "
+    "ordinary MP4 has its index at the end: wait until it is finished."
+)
 _BACK_S = 1.0  # a stream whose times go back further has begun anew
 
 
@@ -55,7 +59,8 @@ class Arriving(Protocol):
         """The frames at these indices of `times`, in ascending calls; None if none decodes."""
 
     def forget_before(self, end: float) -> None:
-        """Let go of the frames that are not on display at `end` or later."""
+        """Let go of the frames that are not on display at `end` or later, but for the one before it, without which
+        `end` would seem to be where the video begins."""
 
     def end_of_display(self) -> float | None:
         """Until when the last frame is on display; None if nothing tells."""
@@ -108,7 +113,7 @@ class ArrivingFrames:
         return Taken(np.stack([picture for _, picture in chosen]), [time for time, _ in chosen], self._size, 0)
 
     def forget_before(self, end: float) -> None:
-        del self._kept[: max(sampling.frame_at(self.times, end), 0)]
+        del self._kept[: max(sampling.frame_at(self.times, end) - 1, 0)]
 
     def end_of_display(self) -> float | None:
         return sampling.end_of_display(self.times)
@@ -210,7 +215,7 @@ class ArrivingPackets:
 
     def forget_before(self, end: float) -> None:
         known = np.array(sorted(self._pts), dtype=np.int64)
-        self._oldest = int(known[max(sampling.frame_at(self.times, end), 0)])
+        self._oldest = int(known[max(sampling.frame_at(self.times, end) - 1, 0)])
         self._pts = {pts for pts in self._pts if pts >= self._oldest}
 
     def end_of_display(self) -> float | None:
@@ -218,9 +223,10 @@ class ArrivingPackets:
         return self._seconds(last + duration) if duration > 0 else sampling.end_of_display(self.times)
 
     def stop(self) -> None:
-        self._ended = True
         if isinstance(self._file, WaitingFile):
-            self._file.stop()
+            self._file.stop()  # what was read of it is still taken in
+        else:
+            self._ended = True
 
     def close(self) -> None:
         self.stop()
@@ -238,9 +244,7 @@ class ArrivingPackets:
             self._container = av.open(self._file, mode="r", metadata_errors="replace", timeout=timeout)
         except av.FFmpegError as error:
             raise UnreadableVideoError(
-                f"{self.name}: FFmpeg cannot read it as it comes ({error.strerror}). Expected a kind that can be read "
-                "from front to end: MPEG-TS, MKV, WebM, FLV, fragmented MP4, raw H.264. An ordinary MP4 has its index "
-                "at the end: wait until it is finished."
+                f"{self.name}: FFmpeg cannot read it as it comes ({error.strerror}). {KINDS}"
             ) from error
         if is_playlist(self._container):
             raise UnreadableVideoError(f"{self.name}: a playlist of other files, not a video.")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from .arriving import Arriving, ArrivingFrames, ArrivingPackets
+from .arriving import KINDS, Arriving, ArrivingFrames, ArrivingPackets
 from .errors import UnreadableVideoError, VideoError, VideoSpanError
 from .frames import VideoFrames
 from .sampling import SNAP, check_request, select_frames
@@ -82,6 +82,7 @@ class LiveVideo:
     def __iter__(self) -> Iterator[VideoFrames]:
         source, number, decoded = self._source, 0, False
         try:
+            source.read_until(0.0)  # now it is known when the first frame came up
             while True:
                 ended = not source.read_until(self._edge(number + 1))
                 times = source.times
@@ -103,7 +104,8 @@ class LiveVideo:
         if source.failure is not None:
             raise source.failure
         if not decoded:
-            raise UnreadableVideoError(f"{source.name}: no frame came of it. Check what writes it, or its timeout.")
+            hint = f" {KINDS}" if isinstance(source, ArrivingPackets) else ""
+            raise UnreadableVideoError(f"{source.name}: no frame came of it.{hint}")
 
     def _edge(self, number: int) -> float:
         """Where chunk `number` begins."""
