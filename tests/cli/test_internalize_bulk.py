@@ -136,6 +136,7 @@ def test_files_by_name_are_a_bulk_run_if_bulk_options_say_so(
         (["--num-frames", 0], "num_frames=0"),
         (["--num-frames", 2, "--fps", 1], "fps=1.0"),
         (["--chunk-seconds", 0], "chunk_seconds"),
+        (["--max-rank", 9], "--chunk-seconds"),
         (["--device", "toaster"], "toaster"),
     ],
 )

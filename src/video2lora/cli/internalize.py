@@ -41,6 +41,9 @@ def internalize(
     chunk_seconds: Annotated[
         float | None, typer.Option(help="Read chunks of at most this length by themselves; one adapter of them all.")
     ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="With --chunk-seconds: the adapter's rank at most; chunks share it.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Videos at a time, in each process.")] = 1,
     num_workers: Annotated[
         int | None, typer.Option(min=0, help="Threads that decode ahead; 4 in each process of a bulk run, else none.")
@@ -78,7 +81,10 @@ def internalize(
     }
     if batch_size < 1:
         raise CommandError(f"--batch-size must be at least 1, got {batch_size}.")
-    options: dict[str, Any] = {"chunk_seconds": chunk_seconds, "batch_size": batch_size, "num_workers": num_workers}
+    if max_rank is not None and chunk_seconds is None:
+        raise CommandError("--max-rank is shared by the chunks of a video: give --chunk-seconds too.")
+    options: dict[str, Any] = {"chunk_seconds": chunk_seconds, "max_rank": max_rank}
+    options |= {"batch_size": batch_size, "num_workers": num_workers}
     if _is_bulk(videos, split, shard, max_bad_fraction):
         bulk = {"layout": layout.value, "split": split, "overwrite": overwrite, "max_bad_fraction": max_bad_fraction}
         given = {name: value for name, value in (sampling | options | bulk).items() if value is not None}

@@ -20,8 +20,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from ..adapters import VideoAdapter, VideoAdapterStore
-from ..video import VideoReader, VideoSpanError
+from ..adapters import AdapterError, VideoAdapter, VideoAdapterStore
+from ..data import DatasetError
+from ..video import VideoError, VideoReader, VideoSpanError
 from ..video.ahead import prepare_ahead
 from ..video.sampling import check_request
 from .bulk_folder import BulkFolder, Entry
@@ -84,6 +85,7 @@ def internalize_many(
     end: float | None = None,
     longest_edge: int | None = None,
     chunk_seconds: float | None = None,
+    max_rank: int | None = None,
     batch_size: int | None = None,
     num_workers: int = 4,
     layout: str = "vlm",
@@ -114,8 +116,8 @@ def internalize_many(
         videos: a folder, JSONL file, dataset, Hub id, or a list of these and of videos; see [`BulkVideos`].
         output_dir: made if missing; of several machines, on a disk they share.
         split: of datasets and rows.
-        num_frames, fps, start, end, longest_edge, chunk_seconds: as in a call of the pipeline; a row's own span goes
-            first.
+        num_frames, fps, start, end, longest_edge, chunk_seconds, max_rank: as in a call of the pipeline; a row's own
+            span goes first.
         batch_size: videos internalized together, in each process; with `chunk_seconds`, chunks of one.
         num_workers: threads that decode ahead of the model, in each process.
         layout, dtype: of the files, as for [`VideoAdapter.save_pretrained`].
@@ -135,7 +137,7 @@ def internalize_many(
     """
     began = time.perf_counter()
     asked = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
-    asked["chunk_seconds"] = chunk_seconds
+    asked |= {"chunk_seconds": chunk_seconds, "max_rank": max_rank}
     recipe = _Recipe.of(pipeline, {name: value for name, value in asked.items() if value is not None})
     batch_size = batch_size or pipeline._batch_size or 1
     _check_numbers(recipe.sampling, batch_size, num_workers, shard, max_bad_fraction)
@@ -462,16 +464,11 @@ def _journal_name(shard: tuple[int, int] | None, rank: int) -> str:
 
 
 def _told(error: BaseException) -> str:
-    from ..adapters import AdapterError
-    from ..video import VideoError
-
     text = " ".join(str(error).split())
     return text if isinstance(error, (VideoError, AdapterError)) else f"{type(error).__name__}: {text}"
 
 
 def _too_many(bad: int, total: int, max_bad_fraction: float, path: Path) -> Exception:
-    from ..data.errors import DatasetError
-
     return DatasetError(
         f"{bad} of {total} videos could not be read, more than max_bad_fraction={max_bad_fraction:g}; "
         f"{path / 'skipped.jsonl'} tells why. Correct or remove them and start again: what is done is kept."
@@ -485,6 +482,8 @@ def _check_numbers(
     check_request(**request, source="every video")
     if sampling.get("chunk_seconds", 1) <= 0:
         raise VideoSpanError(f"chunk_seconds must be positive, got {sampling['chunk_seconds']}.")
+    if "max_rank" in sampling and "chunk_seconds" not in sampling:
+        raise ValueError("max_rank is shared by the chunks of a video: pass chunk_seconds= too.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if num_workers < 0:

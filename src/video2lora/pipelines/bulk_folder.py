@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..adapters import AdapterError, VideoAdapter, storage
 from ..adapters.errors import OutputExistsError
+from ..data import DatasetError
+from ..data.files import cut_torn_line, write_atomically
 from .bulk_videos import BulkItem
 
 INDEX, SKIPPED, STATE, JOURNAL = "index.jsonl", "skipped.jsonl", "internalize.json", "journal"
@@ -77,7 +79,7 @@ class BulkFolder:
             if file.exists():
                 there = json.loads(file.read_text(encoding="utf-8"))
                 if there["settings"] != self.settings and not overwrite:
-                    raise _error(_difference(self.path, there["settings"], self.settings))
+                    raise DatasetError(_difference(self.path, there["settings"], self.settings))
             state = {"format": FORMAT, "settings": self.settings, "video2lora": __version__}
             data = json.dumps(state, indent=2, ensure_ascii=False).encode() + b"\n"
             _write_if_new(file, data)
@@ -96,13 +98,11 @@ class BulkFolder:
         try:
             self._own_lock.acquire(timeout=0)
         except Timeout as error:
-            raise _error(f"another run is writing to {self.path}: wait for it, or name another folder.") from error
+            raise DatasetError(
+                f"another run is writing to {self.path}: wait for it, or name another folder."
+            ) from error
         path = self._journal / f"{name}.jsonl"
-        if path.exists():
-            data = path.read_bytes()
-            complete = data.rfind(b"\n") + 1
-            if complete < len(data):  # killed while it wrote a line
-                os.truncate(path, complete)
+        cut_torn_line(path)
         self._file = path.open("ab")
         self.read()
 
@@ -226,7 +226,6 @@ class BulkFolder:
                 shutil.rmtree(directory)
 
     def _journal_folder(self) -> None:
-        """Make it; the folder itself is not created, nor refused, more than once."""
         self._journal.mkdir(parents=True, exist_ok=True)
 
     def _lock(self) -> FileLock:
@@ -270,21 +269,15 @@ def check_folder(path: Path) -> None:
         DatasetError: it is a file, or holds something else.
     """
     if path.exists() and not path.is_dir():
-        raise _error(f"{path} is a file, not a folder. Name another --output.")
+        raise DatasetError(f"{path} is a file, not a folder. Name another --output.")
     if not path.exists() or (path / STATE).exists():
         return
     # another shard may be at its beginning: it makes the journal first
     others = sorted(name for name in os.listdir(path) if not name.startswith(".") and name != JOURNAL)
     if others:
-        raise _error(
+        raise DatasetError(
             f"{path} holds {others[0]!r} but no {STATE}: it is no folder of a bulk run. Name a new or empty folder."
         )
-
-
-def _error(message: str) -> Exception:
-    from ..data.errors import DatasetError
-
-    return DatasetError(message)
 
 
 def _difference(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
@@ -327,8 +320,6 @@ def _remove_fragments(directory: Path) -> None:
 
 
 def _write_if_new(path: Path, data: bytes) -> None:
-    from ..data.files import write_atomically
-
     if not path.exists() or path.read_bytes() != data:
         write_atomically(path, data)
 

@@ -12,6 +12,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from ..data import DatasetError
+from ..data.forms import parse_row
+from ..data.sources import open_source
+
 VIDEO_SUFFIXES = frozenset(
     ".3g2 .3gp .asf .avi .f4v .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .vob .webm "
     ".wmv".split()
@@ -101,9 +105,9 @@ class BulkVideos:
         if isinstance(source, (bytes, bytearray, memoryview)):
             return bytes(source)
         if isinstance(source, Mapping):
-            return _parse(source, None).video
+            return parse_row(source).video
         dataset, column, _ = self._dataset(number)
-        return _parse({"video": dataset[row][column]}, None).video
+        return parse_row({"video": dataset[row][column]}).video
 
     def signature(self, item: BulkItem) -> Any:
         """What changes when the video does, without reading it: size and time of a file, a dataset's fingerprint.
@@ -142,8 +146,6 @@ class BulkVideos:
             yield BulkItem(_located(os.path.expanduser(source)))
 
     def _of_rows(self, path: str) -> Iterator[BulkItem]:
-        from ..data.sources import open_source
-
         for record in open_source(path, split=self._split).records():
             if record.error is not None:
                 yield BulkItem(None, where=record.where, error=f"{record.where}: {record.error}.")
@@ -166,9 +168,6 @@ class BulkVideos:
         """A source as a dataset, its video column, and the folder its paths start from; opened once a process."""
         if number not in self._datasets:
             from datasets import Dataset
-
-            from ..data.errors import DatasetError
-            from ..data.sources import open_source
 
             source = self._sources[number]
             given = isinstance(source, Dataset)
@@ -201,8 +200,6 @@ def kind_of(source: str, split: str | None = None) -> str:
         if split is None and next(_walk(source), None) is not None:
             return "folder"
         if split is None and not any(path.suffix.lower() in _DATA for path in Path(source).rglob("*")):
-            from ..data.errors import DatasetError
-
             raise DatasetError(
                 f"{source} holds no videos (files ending in {' '.join(sorted(VIDEO_SUFFIXES))}) and no data files of "
                 "a dataset. Name another folder."
@@ -266,14 +263,8 @@ def _locations(dataset: Any, column: str) -> Iterator[tuple[str | None, bool]]:
                 yield from ((value, False) for value in values.to_pylist())
 
 
-def _parse(row: Any, root: str | None) -> Any:
-    from ..data.forms import parse_row
-
-    return parse_row(row, root)
-
-
 def _of_row(row: Any, root: str | None, where: str, place: tuple[int, int] | None) -> BulkItem:
-    parsed = _parse(row, root)
+    parsed = parse_row(row, root)
     ids = (parsed.id,) if parsed.id_given else ()
     wrong = [problem.message for problem in parsed.problems if _OF_THE_VIDEO.fullmatch(problem.field)]
     if wrong:
@@ -283,7 +274,7 @@ def _of_row(row: Any, root: str | None, where: str, place: tuple[int, int] | Non
         video = str(video["path"])
     if isinstance(video, Mapping):
         return BulkItem(None, parsed.start, parsed.end, ids, where, place)
-    return BulkItem(_located(video), parsed.start, parsed.end, ids)
+    return BulkItem(_located(str(video)), parsed.start, parsed.end, ids)
 
 
 def _located(video: str) -> str:
