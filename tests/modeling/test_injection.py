@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from video2lora.modeling import inject_lora, resolve_targets
+from video2lora.modeling.injection import merge_lora
 
 from .helpers import assert_unchanged, merged, num_hooks, random_lora, snapshot, text_batch
 
@@ -203,6 +204,45 @@ def test_autocast(smolvlm, targets, adapters, merged_bases):
         ours = logits(smolvlm.vlm, queries)
     exact = torch.cat([logits(merged_bases[row], queries[row : row + 1]) for row in range(3)])
     assert ours.dtype == torch.bfloat16 and (ours - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_merging_gives_every_bit_back(smolvlm, targets, adapters, merged_bases, dtype):
+    base, queries = copy.deepcopy(smolvlm.vlm).to(dtype), text_batch(2)
+    weights, places = snapshot(base), [parameter.data_ptr() for parameter in base.parameters()]
+    with pytest.raises(KeyError), merge_lora(base, targets, adapters[1]):
+        ours, exact = logits(base, queries), logits(merged_bases[1], queries)
+        assert (ours - exact).norm() < (0.02 if dtype is torch.bfloat16 else 1e-5) * exact.norm()
+        assert places == [parameter.data_ptr() for parameter in base.parameters()]  # CUDA graphs stay valid
+        raise KeyError
+    assert_unchanged(base, weights)
+    assert places == [parameter.data_ptr() for parameter in base.parameters()]
+
+
+def test_merging_that_cannot_be(smolvlm, targets, adapters):
+    base = copy.deepcopy(smolvlm.vlm)
+    weights = snapshot(base)
+    with pytest.raises(ValueError, match="one adapter to merge, got 3"), merge_lora(base, targets, adapters):
+        raise AssertionError("entered")
+    last = base.get_submodule(targets.paths["q_proj"][-1])
+    last.weight = torch.nn.Parameter(last.weight.to(torch.float8_e4m3fn))  # what comes before it is merged by then
+    with pytest.raises(ValueError, match="q_proj is quantised"), merge_lora(base, targets, adapters[0]):
+        raise AssertionError("entered")
+    last.weight = torch.nn.Parameter(weights[f"{targets.paths['q_proj'][-1]}.weight"])
+    assert_unchanged(base, weights)
+
+
+def test_two_backward_passes_in_one_block(smolvlm, targets):
+    """A batch in two halves: gradients add up to those of the whole."""
+    adapters, queries = random_lora(targets, 1, rank=2), text_batch(4)
+    tensors = [tensor.requires_grad_() for tensor in (*adapters.lora_A.values(), *adapters.lora_B.values())]
+    base = copy.deepcopy(smolvlm.vlm).requires_grad_(False)
+    with inject_lora(base, targets, adapters):
+        loss = [base(input_ids=rows).logits.square().mean() for rows in (queries, queries[:2], queries[2:])]
+    whole = torch.autograd.grad(loss[0], tensors, retain_graph=True)
+    halves = [torch.autograd.grad(part / 2, tensors, retain_graph=True) for part in loss[1:]]
+    for total, first, second in zip(whole, *halves, strict=True):
+        torch.testing.assert_close(first + second, total, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [1, 1, 0], [1, 1, 1, 1], 0])

@@ -1,13 +1,17 @@
-"""Modeling: per-sample LoRA on a frozen model, as a context manager that always takes itself off again."""
+"""Modeling: LoRA on a frozen model inside a `with` block: per sample through hooks, or one adapter in the weights."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .lora import LoraWeights
 from .targets import LoraTargets
@@ -24,6 +28,10 @@ def inject_lora(
 
     Forward hooks add `scaling * lora_B^T (lora_A x)` to the target modules' outputs; no weight is copied or changed,
     gradients flow into `weights`. It acts only in the thread that entered it, so several threads can share one base.
+
+    `torch.compile` sees through it: the adapters are inputs of the graph, so others of the same shapes need no new
+    one, and a graph without adapters is not taken for one with them. Autocast, if any, goes around the block, not
+    into it. While several threads have adapters on, compiled code leaves the graph at every hook.
 
     Args:
         vlm: the frozen base.
@@ -44,58 +52,213 @@ def inject_lora(
         raise ValueError(
             f"queries_per_adapter {counts} must hold a positive number for each of {len(weights)} adapters."
         )
-    thread = threading.get_ident()
-    with ExitStack() as hooks:
-        for name, paths in targets.paths.items():
-            for position, path in enumerate(paths):
-                module = vlm.get_submodule(path)
-                delta = _LoraDelta(
-                    weights.lora_A[name][:, position],
-                    weights.lora_B[name][:, position],
-                    weights.scaling,
-                    counts,
-                    module,
-                )
+    modules = {name: [vlm.get_submodule(path) for path in paths] for name, paths in targets.paths.items()}
+    injection = _Injection(modules, weights, counts)
+    _open.add(injection)
+    try:
+        with _seen_by_compiled_code(injection):
+            yield
+    finally:
+        _open.remove(injection)
 
-                def add_delta(module, args, output, delta=delta):
-                    if threading.get_ident() != thread:
-                        return None
-                    return output + delta(args[0]).to(output.dtype)  # a quantised module's may not be its weight's
 
-                hooks.callback(module.register_forward_hook(add_delta).remove)
+@contextmanager
+def merge_lora(vlm: nn.Module, targets: LoraTargets, weights: LoraWeights) -> Iterator[None]:
+    """Add an adapter to the base's own weights inside a `with` block; afterwards they are bit for bit what they were.
+
+    Nothing is left on the path of a token, and compiled code and CUDA graphs of the base stay valid, for the weights
+    stay where they are. Sums are made in float32 and rounded once. All threads see it. It takes memory for a copy of
+    the changed weights.
+
+    Args:
+        vlm: the base.
+        targets: the modules to adapt, resolved on `vlm`.
+        weights: a batch of one.
+
+    Raises:
+        ValueError: not one adapter, or it does not fit the targets; or the base is quantised, its weights not numbers
+            one can add to.
+    """
+    _check_fit(targets, weights)
+    if len(weights) != 1:
+        raise ValueError(f"expected one adapter to merge, got {len(weights)}: weights hold one at a time.")
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for name, paths in targets.paths.items():
+                for path, lora_A, lora_B in zip(paths, weights.lora_A[name][0], weights.lora_B[name][0], strict=True):
+                    weight: Tensor = vlm.get_submodule(path).weight  # type: ignore[assignment]
+                    if not _holds_numbers(weight):
+                        raise ValueError(f"{path} is quantised ({weight.dtype}): use inject_lora or PEFT on it.")
+                    exact = torch.promote_types(weight.dtype, torch.float32)
+                    a, b = lora_A.to(weight.device, exact), lora_B.to(weight.device, exact)
+                    originals.append((weight, weight.clone()))
+                    weight.copy_(torch.addmm(weight.to(exact), b.T, a, alpha=weights.scaling))
         yield
+    finally:
+        with torch.no_grad():
+            for weight, original in originals:
+                weight.copy_(original)
 
 
-class _LoraDelta:
-    """The update of one Linear module: `scaling * lora_B^T (lora_A x)` for every row."""
+class _Delta:
+    """The update of one Linear module: `scaling * lora_B^T (lora_A x)` for every row.
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, counts: list[int], module: nn.Module) -> None:
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        # a quantised weight's dtype is storage, not what the module computes in
-        dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else lora_A.dtype
-        self.lora_A = lora_A.to(weight.device, dtype).transpose(1, 2)
-        self.lora_B = (lora_B * scaling).to(weight.device, dtype)
-        self.counts = counts
+    Args:
+        lora_A: `[groups, rank, d_in]`, what the module computes in.
+        lora_B: `[groups, rank, d_out]`, the scaling multiplied in.
+        rows: the batch, or a divisor of it; of each group the same number of consecutive rows.
+    """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, rows: int) -> None:
+        self.lora_A, self.lora_B, self.rows = lora_A.transpose(1, 2), lora_B, rows
+
+    def add(self, output: Tensor, x: Tensor) -> Tensor:
+        """The module's output, updated for its input `x` `[rows, tokens, d_in]`."""
         if x.dim() != 3:
             raise ValueError(f"expected [rows, tokens, features] at an adapted module, got {tuple(x.shape)}.")
+        if x.shape[0] % self.rows:
+            raise ValueError(f"a batch of {x.shape[0]} rows does not fit adapters made for {self.rows} rows.")
+        lora_A, lora_B = self.lora_A, self.lora_B
+        groups = lora_A.shape[0]
+        if x.shape[0] != groups:  # consecutive rows of one adapter become one longer row: no copy of the adapters
+            x = x.reshape(groups, -1, x.shape[2])
+        if x.dtype == lora_A.dtype == output.dtype:
+            if output.shape[0] == groups:
+                return torch.baddbmm(output, torch.bmm(x, lora_A), lora_B)
+            grouped = output.reshape(groups, -1, output.shape[2])
+            return torch.baddbmm(grouped, torch.bmm(x, lora_A), lora_B).view(output.shape)
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.dtype)
-        if len(self.counts) == 1:
-            return (x @ self.lora_A[0]) @ self.lora_B[0]
-        rows = sum(self.counts)
-        if x.shape[0] % rows:
-            raise ValueError(f"a batch of {x.shape[0]} rows does not fit adapters made for {rows} rows.")
-        repeat = x.shape[0] // rows
-        if len(set(self.counts)) == 1:
-            # consecutive rows of one adapter become one longer row: no copy of the adapters
-            grouped = x.reshape(len(self.counts), -1, x.shape[-1])
-            return ((grouped @ self.lora_A) @ self.lora_B).view(*x.shape[:-1], -1)
-        counts = torch.tensor(self.counts, device=x.device) * repeat
-        lora_A = self.lora_A.repeat_interleave(counts, dim=0, output_size=x.shape[0])
-        lora_B = self.lora_B.repeat_interleave(counts, dim=0, output_size=x.shape[0])
-        return (x @ lora_A) @ lora_B
+            x = x.to(lora_A.dtype)
+        # a quantised module's output may not have its weight's dtype
+        return output + torch.bmm(torch.bmm(x, lora_A), lora_B).view(output.shape).to(output.dtype)
+
+
+class _Injection:
+    """Adapters on a base, as its modules need them, and the thread they act in."""
+
+    def __init__(self, modules: dict[str, list[nn.Module]], weights: LoraWeights, counts: list[int]) -> None:
+        self.thread = threading.get_ident()
+        self.modules = [module for several in modules.values() for module in several]
+        self.deltas: dict[int, _Delta] = {}  # by the module's id: torch.compile can look that up
+        # rows of an adapter are told apart only as far as they must be
+        unit = math.gcd(*counts)
+        repeats = [count // unit for count in counts]
+        rows = 1 if len(counts) == 1 else sum(counts)
+        for name, several in modules.items():
+            lora_B = weights.lora_B[name]
+            lora_B = lora_B if weights.scaling == 1 else lora_B * weights.scaling
+            places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+            for position, module in enumerate(several):
+                weight: Tensor = module.weight  # type: ignore[assignment]
+                # a quantised weight's dtype is storage, not what the module computes in
+                dtype = weight.dtype if _holds_numbers(weight) else lora_B.dtype
+                places.setdefault((weight.device, dtype), []).append(position)
+            for place, positions in places.items():
+                a = _laid_out(weights.lora_A[name], place, positions, repeats)
+                b = _laid_out(lora_B, place, positions, repeats)
+                for position, lora_a, lora_b in zip(positions, a, b, strict=True):
+                    self.deltas[id(several[position])] = _Delta(lora_a, lora_b, rows)
+
+
+def _laid_out(
+    stacked: Tensor, place: tuple[torch.device, torch.dtype], positions: list[int], repeats: list[int]
+) -> tuple[Tensor, ...]:
+    """Each layer's `[groups, rank, width]` in one piece of memory, of a `[batch, layers, rank, width]`.
+
+    The cast happens once, not at every token; and CUDA graphs copy their inputs as far as they reach.
+    """
+    layers = stacked.transpose(0, 1)
+    if len(positions) < len(layers):
+        layers = layers[positions]
+    layers = layers.to(*place, memory_format=torch.contiguous_format)
+    if len(set(repeats)) > 1:
+        layers = layers.repeat_interleave(torch.tensor(repeats, device=layers.device), 1, output_size=sum(repeats))
+    # the same strides whatever they were, also where one adapter makes them meaningless: graphs are made for strides
+    layers = layers.contiguous().flatten(0, 1).unflatten(0, (len(layers), -1))
+    return layers.unbind()  # whose gradient is made in one piece, not added up layer by layer
+
+
+class _Open:
+    """All injections that are open, and their hooks: one on each module, however many injections adapt it.
+
+    `torch.compile` follows what the hooks read from here, and so notices what changes.
+    """
+
+    def __init__(self) -> None:
+        self.injections: tuple[_Injection, ...] = ()
+        self.several_threads = False
+        self._hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def add(self, injection: _Injection) -> None:
+        with self._lock:
+            self._set((*self.injections, injection))
+            for module in injection.modules:
+                if module not in self._hooks:
+                    self._hooks[module] = module.register_forward_hook(_make_hook(id(module)))
+
+    def remove(self, injection: _Injection) -> None:
+        with self._lock:
+            self._set(tuple(other for other in self.injections if other is not injection))
+            for module in injection.modules:
+                if not any(id(module) in other.deltas for other in self.injections) and module in self._hooks:
+                    self._hooks.pop(module).remove()
+
+    def _set(self, injections: tuple[_Injection, ...]) -> None:
+        self.injections = injections
+        self.several_threads = len({injection.thread for injection in injections}) > 1
+
+
+_open = _Open()
+
+
+def _make_hook(key: int) -> Callable[..., Tensor]:
+    def add_lora(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        for injection in _open.injections:
+            delta = injection.deltas.get(key)
+            if delta is not None and _acts_here(injection):
+                output = delta.add(output, args[0])
+        return output
+
+    return add_lora
+
+
+def _acts_here(injection: _Injection) -> bool:
+    if torch.compiler.is_compiling() and not _open.several_threads:
+        return _are_of_this_thread()
+    return threading.get_ident() == injection.thread
+
+
+@torch.compiler.assume_constant_result
+def _are_of_this_thread() -> bool:
+    """Whether the open injections, all of one thread, are of this one; asked once a graph, in the thread it is for."""
+    return _open.injections[0].thread == threading.get_ident()
+
+
+@contextmanager
+def _seen_by_compiled_code(injection: _Injection) -> Iterator[None]:
+    """Keep compiled code with adapters and without them apart.
+
+    Dynamo does not look whether hooks were added to a module that had none, nor which thread it runs in: a graph of
+    the base compiled before would go on answering without adapters, and one with them would answer in other threads.
+    What it does compare before it runs a graph is the thread's autocast state. So the autocast cache is switched, off
+    as a rule: it is for weights that are trained and used twice in a forward pass, which the base's are not.
+    """
+    if any(other is not injection and other.thread == injection.thread for other in _open.injections):
+        yield  # inside another block, which has switched it
+        return
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(not enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _holds_numbers(weight: Tensor) -> bool:
+    """Whether a weight is stored as the numbers it stands for: quantised ones are integers, or floats of a byte."""
+    return weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
 def _check_fit(targets: LoraTargets, weights: LoraWeights) -> None:
