@@ -110,6 +110,17 @@ def test_attach_gives_the_merged_logits(vlm, adapter, merged, logits):
         assert torch.equal(logits(model), logits(vlm))
 
 
+def test_merged_for_a_while(vlm, adapter, merged, logits):
+    base = copy.deepcopy(vlm)
+    with adapter.merged(base):
+        torch.testing.assert_close(logits(base), logits(merged(vlm, adapter)), rtol=0, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), vlm.parameters(), strict=True))
+    model = adapter.attach(base)
+    for carrying in (model, model.get_base_model()):
+        with pytest.raises(AdapterError, match="pass the plain base"), adapter.merged(carrying):
+            raise AssertionError("entered")
+
+
 def test_several_adapters_on_one_base(vlm, make_adapter, merged, logits):
     first, second, third = make_adapter(1), make_adapter(2, rank=5), make_adapter(3)
     model = first.attach(copy.deepcopy(vlm), "first")

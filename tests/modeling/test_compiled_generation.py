@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from video2lora.modeling import Video2LoraModel, inject_lora, resolve_targets
-from video2lora.modeling.injection import merge_lora
+from video2lora.modeling import Video2LoraModel, inject_lora, merge_lora, resolve_targets
 from video2lora.testing import tiny_smolvlm
 
 from .helpers import SMALL, awaken, merged, num_hooks, random_lora, text_batch

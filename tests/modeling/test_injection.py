@@ -8,8 +8,7 @@ import threading
 import pytest
 import torch
 
-from video2lora.modeling import inject_lora, resolve_targets
-from video2lora.modeling.injection import merge_lora
+from video2lora.modeling import inject_lora, merge_lora, resolve_targets
 
 from .helpers import assert_unchanged, merged, num_hooks, random_lora, snapshot, text_batch
 

@@ -6,7 +6,7 @@ from .base import BaseModelError
 from .checkpoint import CheckpointError
 from .configuration import Video2LoraConfig
 from .hypernetwork import Hypernetwork
-from .injection import inject_lora
+from .injection import inject_lora, merge_lora
 from .lora import LoraWeights, stack_lora
 from .model import Video2LoraModel, Video2LoraOutput
 from .processor import Video2LoraProcessor
@@ -27,6 +27,7 @@ __all__ = [
     "Video2LoraOutput",
     "Video2LoraProcessor",
     "inject_lora",
+    "merge_lora",
     "resolve_targets",
     "stack_lora",
 ]
