@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -25,20 +26,45 @@ from video2lora.evaluation.lmms_eval_requests import (
     parse_generation_kwargs,
     scoring_queries,
 )
+from video2lora.modeling import Video2LoraModel, Video2LoraProcessor
 from video2lora.testing import tiny_clip
 from video2lora.video import VideoError
 
-from .conditions_setup import Setup, by_itself, setup_of
+from ..modeling.helpers import SMALL, awaken
+from .conditions_setup import FAMILIES, Setup, by_itself
 
 CONDITIONS = ["adapter", "video", "no_adapter"]
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
 PICTURES = [Image.fromarray(frame) for frame in np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8)]
 
 
+def write_clips(folder: Path) -> list[str]:
+    """Two videos that no model takes for each other: a square on a dark ground, and noise."""
+    tiny_clip(folder / "1.mp4", seconds=2, fps=4, seed=1)
+    frames = np.random.default_rng(1).integers(0, 256, (8, 48, 64, 3), np.uint8)
+    with av.open(str(folder / "2.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=4, options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return [str(folder / "1.mp4"), str(folder / "2.mp4")]
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("clips")
-    return [str(tiny_clip(folder / f"{seed}.mp4", seconds=2, fps=4, seed=seed)) for seed in (1, 3)]
+    return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+@lru_cache
+def setup_of(family: str) -> Setup:
+    """A model that is the same in every run."""
+    vlm, vlm_processor = FAMILIES[family]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Video2LoraModel.from_vlm(vlm, **SMALL).eval()
+    awaken(model.hypernetwork)
+    return Setup(family, model, Video2LoraProcessor(vlm_processor, num_frames=4, longest_edge=64))
 
 
 @lru_cache

@@ -16,10 +16,8 @@ import pytest
 from video2lora import VideoAdapterStore
 from video2lora.evaluation.lmms_eval_answers import Answerer, Generation, Query
 from video2lora.evaluation.lmms_eval_requests import as_video, key_of
-from video2lora.testing import tiny_clip
 
-from .conditions_setup import setup_of
-from .test_lmms_eval import CONDITIONS, pipeline_of
+from .test_lmms_eval import CONDITIONS, pipeline_of, setup_of, write_clips
 
 pytestmark = pytest.mark.skipif(
     find_spec("lmms_eval") is None,
@@ -126,8 +124,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("clips")
-    return [str(tiny_clip(folder / f"{seed}.mp4", seconds=2, fps=4, seed=seed)) for seed in (1, 3)]
+    return write_clips(tmp_path_factory.mktemp("clips"))
 
 
 def pictures(seed: int) -> Any:
