@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def main_section(run: EvaluationRun, margin: float) -> list[str]:
     for task in run.tasks:
         accuracy = [f"{mean(run.scores('exact_match', condition, task)):.3f}" for condition in run.conditions]
         told = f"{task} (never trained on)" if task in HELD_OUT_TASKS else task
-        rows.append([told, str(run.num_questions(task)), *accuracy])
-    header = ["task", "videos", *(PRETTY.get(name, name) for name in run.conditions)]
+        chance = [f"{value:.3f}" for value in chances(run, task)]
+        rows.append([told, str(run.num_questions(task)), *accuracy, *chance])
+    header = ["task", "videos", *(PRETTY.get(name, name) for name in run.conditions), "prior", "agreement"]
     facts = [[PRETTY.get(name, name), *(f"{v:.3f}" for v in caption_facts(run, name))] for name in run.conditions]
     spoilt = [
         [
@@ -67,6 +69,8 @@ def main_section(run: EvaluationRun, margin: float) -> list[str]:
     return [
         "## 12 frames: exact match",
         table(header, rows),
+        "Prior: how often the commonest answer is right. Agreement: how often the true answer of the video whose "
+        "adapter was put on, to its own question of the task, is the true answer here.",
         "## Facts of captions: stated, true, and whole captions right",
         table(["condition", "recall", "precision", "exact"], facts),
         "## Against the video in context",
@@ -145,6 +149,18 @@ def composition_section(name: str, run: EvaluationRun) -> list[str]:
     what = "questions of all tasks" if name == "composition" else f"order across {name.split('_')[1]} segments"
     names = [PRETTY.get(condition, condition.replace("_", " ")) for condition in run.conditions]
     return [f"## Composition: {what}", table(["task", "videos", *names], rows)]
+
+
+def chances(run: EvaluationRun, task: str) -> tuple[float, float]:
+    """What knowing nothing, and what knowing another video gives: the prior and the agreement."""
+    columns = (run.records[name].to_pylist() for name in ("condition", "task", "sample_id", "references", "extra"))
+    rows = [row for row in zip(*columns, strict=True) if row[0] == "other_adapter" and row[1] == task]
+    answers = {sample: references[0] for _, _, sample, references, _ in rows}
+    if not answers:
+        return float("nan"), float("nan")
+    prior = max(Counter(answers.values()).values()) / len(answers)
+    pairs = [(references[0], answers[partner]) for *_, references, partner in rows if partner in answers]
+    return prior, mean([float(mine == theirs) for mine, theirs in pairs])
 
 
 def caption_facts(run: EvaluationRun, condition: str) -> tuple[float, float, float]:
