@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "examples" / "moving_shapes"
-NAMES = ["batches", "small_vlm", "train_vlm", "results", "train_hypernetwork", "prove"]
+NAMES = ["batches", "small_vlm", "train_vlm", "results", "train_hypernetwork", "prove", "export"]
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,12 @@ def test_every_stage_runs_and_goes_on(modules, tmp_path, monkeypatch):
     stage("train_hypernetwork", vlm, "-o", hypernetwork, "--steps", 2, "--minutes", 0, *small)
     assert (hypernetwork / "checkpoint-1").exists() and not (hypernetwork / "model.safetensors").exists()
     stage("train_hypernetwork", vlm, "-o", hypernetwork, "--steps", 2, *small)
+    stage("export", hypernetwork, "-o", tmp_path / "checkpoint")
+    files = [file for file in (tmp_path / "checkpoint").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 30e6
+    assert str(tmp_path) not in (tmp_path / "checkpoint" / "config.json").read_text()
     runs = ("main", "frames_4", "pixels_128")
-    stage("prove", "run", hypernetwork, "-o", proof, "--clips", 2, "--workers", 1, "--only", *runs)
+    stage("prove", "run", tmp_path / "checkpoint", "-o", proof, "--clips", 2, "--workers", 1, "--only", *runs)
     stage("prove", "report", proof, "-o", tmp_path / "results.md")
     page = (tmp_path / "results.md").read_text()
     assert "Margin, declared before the runs: 0.02" in page and "| caption | 2 |" in page
