@@ -226,6 +226,7 @@ def test_killed_and_started_again_equals_a_run_never_stopped(
     leftover = tmp_path / ".clip-0123456789abcdef.tmp-0123456789ab"  # or an adapter
     leftover.mkdir()
     (leftover / "adapter_model.safetensors").write_bytes(b"half")
+    (tmp_path / ".index.jsonl.4829.part").write_bytes(b"half")  # or the index
     summary = internalize_many(pipe, clips, tmp_path, **OPTIONS)
     assert _counts(summary) == (7 - saves // 2 * 2, 0, saves // 2 * 2, 0)
     assert _files(tmp_path) == _files(whole)

@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .bulk_videos import BulkItem
 
 INDEX, SKIPPED, STATE, JOURNAL = "index.jsonl", "skipped.jsonl", "internalize.json", "journal"
 FORMAT = 1
-_LEFTOVER = re.compile(r"\..+\.(?:tmp|old)-[0-9a-f]{12}")
+_LEFTOVER = re.compile(r"\..+\.(?:(?:tmp|old)-[0-9a-f]{12}|\d+\.part)")
 _LEFTOVER_SECONDS = 3600  # a writer takes milliseconds
 _DIGITS = 16  # of a directory's name; the whole key stands in the index
 _STEM = 60  # characters; file systems take 255 bytes
@@ -84,8 +85,9 @@ class BulkFolder:
             data = json.dumps(state, indent=2, ensure_ascii=False).encode() + b"\n"
             _write_if_new(file, data)
         for path in self.path.glob(".*"):
-            if _LEFTOVER.fullmatch(path.name) and (alone or time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS):
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another shard was at its end
+                if _LEFTOVER.fullmatch(path.name) and (alone or _age(path) > _LEFTOVER_SECONDS):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def open(self, name: str) -> None:
         """Open this process's journal, and read all of them.
@@ -310,6 +312,11 @@ def _content_hash(directory: Path, whole: bool = False) -> str | None:
         return json.loads((directory / storage.PROVENANCE_FILE).read_text(encoding="utf-8"))["content_hash"]
     except (AdapterError, OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was written to."""
+    return time.time() - path.stat().st_mtime
 
 
 def _remove_fragments(directory: Path) -> None:
