@@ -21,7 +21,7 @@ from .test_lmms_eval import CONDITIONS, pipeline_of, setup_of, write_clips
 
 pytestmark = pytest.mark.skipif(
     find_spec("lmms_eval") is None,
-    reason="lmms-eval is not installed; it has an environment of its own: make test-lmms-eval",
+    reason="lmms-eval is not installed; it has an environment of its own (docs/lmms_eval.md)",
 )
 
 CHOICES = ["a", "b", "k"]
