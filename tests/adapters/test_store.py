@@ -112,6 +112,27 @@ def test_what_others_replace_while_it_is_read_is_not_taken_for_damage(store, mak
     assert len(times) == 4 and not caplog.records
 
 
+def test_a_file_that_goes_while_the_others_are_read_is_no_error(store, make_adapter, monkeypatch):
+    store.put(KEYS[0], make_adapter(1))
+    open_file, times = storage.safe_open, []
+
+    def gone(path, **options):
+        times.append(path)
+        if len(times) == 1:
+            store.remove(KEYS[0])
+        elif len(times) == 2:
+            store.remove(KEYS[0])
+            store.put(KEYS[0], make_adapter(1))
+            raise RuntimeError("unable to open file in read-only mode: No such file or directory (2)")
+        return open_file(path, **options)
+
+    monkeypatch.setattr(storage, "safe_open", gone)
+    assert store.get(KEYS[0]) is None
+    store.put(KEYS[0], make_adapter(1))
+    assert store.get(KEYS[0]).content_hash == make_adapter(1).content_hash
+    assert len(times) == 3
+
+
 @pytest.mark.parametrize("function", ["read_directory", "utime"])
 def test_what_cannot_be_read_or_touched_now_is_kept(store, make_adapter, monkeypatch, function):
     def refuse(*_, **__):

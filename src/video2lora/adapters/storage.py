@@ -302,6 +302,9 @@ def _read_tensors(path: Path, expected: Mapping[str, tuple[int, int]]) -> dict[s
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise AdapterFormatError(f"{path} is damaged: {error}. Fetch or make the adapter again.") from error
+    except RuntimeError as error:  # how torch says that it cannot open a file
+        with open(path, "rb"):  # says why: gone by now, not allowed, too many open files
+            raise OSError(f"{path} could not be opened: {error}") from error
     check_keys(expected, {key: tuple(tensor.shape) for key, tensor in state.items()}, str(path))
     for key, tensor in state.items():
         if tensor.dtype not in DTYPES:

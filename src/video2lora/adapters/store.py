@@ -77,9 +77,11 @@ class VideoAdapterStore:
                     return None
                 try:
                     stored = storage.read_directory(entry)
-                except (AdapterError, FileNotFoundError) as error:
+                except (AdapterError, OSError) as error:
                     if not is_same():  # another process removed or replaced it meanwhile
                         continue
+                    if not isinstance(error, (AdapterError, FileNotFoundError)):
+                        raise
                     logger.warning("%s is damaged and is removed: %s", entry, error)
                     self.remove(key)
                     return None
