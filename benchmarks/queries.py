@@ -1,10 +1,10 @@
 """Benchmark: what a question costs with an adapter merged, attached or one a row, eagerly and with CUDA graphs.
 
-python benchmarks/queries.py [--size 500M] [--parts single batch static graph static_batch static_peft] [--seconds 140]
+python benchmarks/queries.py [--size 500M] [--parts single batch graph static static_batch static_peft] [--seconds 145]
 
-`single`: one question at a time; `batch`: many, each with its own adapter; `static`: generate's static cache and
-compilation; `graph`: one decode step as a CUDA graph made by hand (the bound: no compiler, no generate around it);
-`static_batch`, `static_peft`: compilation with an adapter a row, and through PEFT. What no time is left for says so.
+`single`: one question at a time; `batch`: many, each with its own adapter; `graph`: one decode step as a CUDA graph
+made by hand (the bound: no compiler, no generate around it); `static`: generate's static cache and compilation;
+`static_batch`, `static_peft`: the same with an adapter a row, and through PEFT. What no time is left for says so.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from video2lora.evaluation.efficiency_models import build_random
 from video2lora.modeling import LoraWeights, Video2LoraModel, inject_lora, merge_lora
 
 PROMPT_TOKENS = 23
-PARTS = ("single", "batch", "static", "graph", "static_batch", "static_peft")
-COMPILE_SECONDS = {"500M": 45, "2.2B": 40}
-"""What a graph is thought to take at most to be made; with less time left it is not begun."""
+PARTS = ("single", "batch", "graph", "static", "static_batch", "static_peft")
+COMPILE_SECONDS = {"500M": 35, "2.2B": 30}
+"""What it is thought to take to make a graph; with less time left it is not begun."""
 HEADER = ["part", "condition", "batch", "rank", "first token ms", "ms a token", "tokens/s", "ratio", "remark"]
 
 
@@ -140,26 +140,27 @@ def through_peft(bench: Bench, lora: LoraWeights) -> Iterator[tuple[Any, list[st
 
 
 def single(bench: Bench) -> None:
-    """One question at a time; the base by itself before and after each, for the host's speed drifts."""
-    for rank in (32, 48):
+    """One question at a time, in turn with the base by itself: the host's speed drifts by more than two per cent."""
+    for condition, rank in (("merged", 32), ("attached", 32), ("attached, PEFT", 32), ("attached", 48)):
         lora = bench.adapters(1, rank)
-        ways: dict[str, tuple[AbstractContextManager[Any], dict[str, Any]]] = {
-            "merged": (merge_lora(bench.vlm, bench.targets, lora), {}),
-            "attached": (nullcontext(), {"adapters": lora}),
-            "attached, PEFT": (through_peft(bench, lora), {}),
-        }
-        base = bench.times(1)
-        for condition, (context, kwargs) in ways.items():
-            if rank > 32 and "PEFT" in condition:
-                continue
+        pairs = []
+        for _ in range(3):
+            base = bench.times(1, 1)
+            context: AbstractContextManager[Any] = nullcontext()
+            if condition == "merged":
+                context = merge_lora(bench.vlm, bench.targets, lora)
+            elif "PEFT" in condition:
+                context = through_peft(bench, lora)
             with context:
-                first, token = bench.times(1, **kwargs)
-            again = bench.times(1)
-            before, base = base, again
-            ratios = [mine * 2 / (a + b) for mine, a, b in zip((first, token), before, again, strict=True)]
-            values = {"first_ratio": ratios[0], "ratio": ratios[1]}
-            bench.add("single", condition, 1, rank, first_s=first, token_s=token, **values)
-        bench.add("single", "text only", 1, None, first_s=base[0], token_s=base[1], ratio=1.0)
+                pairs.append((base, bench.times(1, 1, **({"adapters": lora} if condition == "attached" else {}))))
+        (first, token), ratios = (
+            [statistics.median(pair[1][place] for pair in pairs) for place in (0, 1)],
+            [statistics.median(pair[1][place] / pair[0][place] for pair in pairs) for place in (0, 1)],
+        )
+        bench.add("single", condition, 1, rank, first_s=first, token_s=token, first_ratio=ratios[0], ratio=ratios[1])
+        if condition == "merged":
+            first, token = (statistics.median(pair[0][place] for pair in pairs) for place in (0, 1))
+            bench.add("single", "text only", 1, None, first_s=first, token_s=token, ratio=1.0)
     lora = bench.adapters(1, 32)
 
     def merge() -> None:
@@ -174,34 +175,26 @@ def batch(bench: Bench, sizes: list[int]) -> None:
     """Many questions at once; the ratio is the throughput against the merged adapter's."""
     few = max(bench.new_tokens // 2, 2)
     for size in sizes:
+        if size == 1:
+            continue
         with merge_lora(bench.vlm, bench.targets, bench.adapters(1, 32)):
             _, merged = bench.times(size, 2, few)
         bench.add("batch", "merged, one adapter", size, 32, token_s=merged, ratio=1.0)
-        cases = [(f"{size} adapters", size, rank) for rank in (32, 48, 128)]
-        cases += [("one adapter", 1, 32)] + ([(f"{size // 4} adapters, 4 questions each", size // 4, 32)] * (size > 4))
-        own = merged
+        cases = [(f"{size} adapters", size, 32)]
+        if size == sizes[-1]:
+            cases += [(f"{size} adapters", size, 48), (f"{size} adapters", size, 128), ("one adapter", 1, 32)]
+            cases += [(f"{size // 4} adapters, 4 questions each", size // 4, 32)]
+        own = {}
         for condition, count, rank in cases:
-            if size == 1 and (condition == "one adapter" or rank > 48):
-                continue
-            lora = bench.adapters(count, rank)
-            each = size // count
-            first, token = bench.times(size, 2, few, adapters=lora, queries_per_adapter=each)
-            own = token if (count, rank) == (size, 32) else own
+            kwargs = {"adapters": bench.adapters(count, rank), "queries_per_adapter": size // count}
+            first, own[condition, rank] = bench.times(size, 2, few, **kwargs)
+            token = own[condition, rank]
             bench.add("batch", condition, size, rank, first_s=first, token_s=token, ratio=merged / token)
-        if size > 1:
-            with through_peft(bench, bench.adapters(size, 32)) as (model, names), _mixed(model, names):
-                first, token = bench.times(size, 1, max(few // 4, 2))
-            remark = f"{token / own:.1f} times as long as ours"
-            bench.add(
-                "batch",
-                f"{size} adapters, PEFT's adapter_names",
-                size,
-                32,
-                first_s=first,
-                token_s=token,
-                ratio=merged / token,
-                remark=remark,
-            )
+        with through_peft(bench, bench.adapters(size, 32)) as (model, names), _mixed(model, names):
+            first, token = bench.times(size, 1, max(few // 4, 2))
+        values = {"first_s": first, "token_s": token, "ratio": merged / token}
+        remark = f"{token / own[f'{size} adapters', 32]:.1f} times as long as ours"
+        bench.add("batch", f"{size} adapters, PEFT's adapter_names", size, 32, **values, remark=remark)
 
 
 def _mixed(model: Any, names: list[str]) -> AbstractContextManager[Any]:
@@ -350,7 +343,8 @@ def graph(bench: Bench, sizes: list[int]) -> None:
         merged = float("nan")
         cases: list[tuple[str, LoraWeights | None, list[int]]] = [("merged or text only", None, [])]
         cases += [("one adapter", bench.adapters(1, 32), [size])]
-        cases += [(f"{size} adapters", bench.adapters(size, rank), [1] * size) for rank in (32, 48, 128) if size > 1]
+        ranks = () if size == 1 else (32, 48, 128) if size == sizes[-1] else (32,)
+        cases += [(f"{size} adapters", bench.adapters(size, rank), [1] * size) for rank in ranks]
         for condition, lora, counts in cases:
             rank = None if lora is None else lora.ranks[0]
             if not bench.has_time(5):
@@ -417,8 +411,8 @@ def run(model: Video2LoraModel, parts: list[str], batches: list[int], **settings
     work: dict[str, Callable[[], None]] = {
         "single": lambda: single(bench),
         "batch": lambda: batch(bench, batches),
-        "static": lambda: static(bench),
         "graph": lambda: graph(bench, batches),
+        "static": lambda: static(bench),
         "static_batch": lambda: static_batch(bench, batches[-1]),
         "static_peft": lambda: static_peft(bench),
     }
@@ -450,8 +444,8 @@ def main() -> None:
     parser.add_argument("--size", default="500M", choices=list(COMPILE_SECONDS))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=140, help="compile nothing that would take longer")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=145, help="begin nothing that would take longer")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     model = build_random(arguments.size, "cuda")
