@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ heavy = {"torch", "transformers", "datasets", "matplotlib", "scipy", "numpy", "p
 assert not heavy, heavy
 """
 QUICK = ("--resamples", 200)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """As in tests/evaluation/test_report.py."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import gc
 import math
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,6 @@ RESAMPLES = 200
 NASTY = '<script>alert("x")</script> | a *pipe* & `code` [link](http://x) $y$\n# second | line\n<!-- times -->'
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """statsmodels collects garbage in every correction: nine tenths of a small report's time, with torch loaded."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

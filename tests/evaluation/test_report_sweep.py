@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +16,6 @@ from video2lora.evaluation.statistics import compare, holm
 from .report_runs import files_of, table_after, write_run
 
 RESAMPLES = 200
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """As in test_report."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

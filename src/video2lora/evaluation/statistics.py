@@ -9,8 +9,10 @@ scipy and statsmodels come with the extra `evaluation`.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -232,11 +234,24 @@ def holm(p_values: Mapping[str, float], alpha: float = 0.025) -> dict[str, HolmR
             raise ValueError(f"p value of {name!r} is {p!r}, expected a number from 0 to 1.")
     if not p_values:
         return {}
-    rejected, adjusted, *_ = library("statsmodels.stats.multitest").multipletests(
-        list(p_values.values()), alpha=alpha, method="holm"
-    )
+    multipletests = library("statsmodels.stats.multitest").multipletests
+    with _cheap_collections():
+        rejected, adjusted, *_ = multipletests(list(p_values.values()), alpha=alpha, method="holm")
     rows = zip(p_values.items(), adjusted, rejected, strict=True)
     return {name: HolmResult(float(p), float(corrected), bool(yes)) for (name, p), corrected, yes in rows}
+
+
+@contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """Leave what is there out of garbage collection: multipletests collects, most of a second each time with torch."""
+    frozen = gc.get_freeze_count() > 0  # by somebody else, who wants it so
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 Test = Literal["equivalence", "non_inferiority"]
