@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 CONDITIONS = "video,adapter,no_adapter,other_adapter"
 JUDGE_KEY = "VIDEO2LORA_JUDGE_API_KEY"
+
+
+class JudgeKind(str, Enum):
+    """What a judge grades by."""
+
+    question = "question"
+    caption = "caption"
 
 
 def evaluate(
@@ -67,6 +75,10 @@ def evaluate(
     judge_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible server of the judge; by default a Hugging Face provider.")
     ] = None,
+    judge_kind: Annotated[
+        JudgeKind | None,
+        typer.Option(help="What it grades by; by default the benchmark's, for your own file that of questions."),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Number format of the base; by default that of its files.")
     ] = None,
@@ -111,9 +123,10 @@ def evaluate(
             samples = _load_benchmark(benchmark, data_dir, download and state.is_main_process, asked)
         scored = _metrics(metrics, samples, judge)
         margins = _margins(margin or (), samples, scored)
-        judging = (
-            None if judge is None else _judge(judge, judge_url, samples, state.is_main_process, _names(conditions))
-        )
+        judging = None
+        if judge is not None:
+            kind = _judge_kind(judge_kind, samples)
+            judging = _judge(judge, judge_url, kind, samples, state.is_main_process, _names(conditions) or [])
         model, processor = _load_model(checkpoint, revision, dtype, state.device if device is None else device)
         processor.num_frames = num_frames or (
             processor.num_frames if samples.spec.schema == "local" else samples.spec.num_frames
@@ -240,19 +253,29 @@ def _check_judge(model: str | None, url: str | None) -> None:
         )
 
 
-def _judge(model: str, url: str | None, benchmark: Benchmark, show: bool, conditions: list[str] | None) -> Judge:
+def _judge_kind(asked: JudgeKind | None, benchmark: Benchmark) -> str:
+    """Which rubric: benchmarks of captions have no question by itself; prompts of a user's file may be anything."""
+    if asked is not None:
+        return asked.value
+    questions = (question.question for sample in benchmark for question in sample.questions)
+    captions = benchmark.spec.schema != "local" and all(question is None for question in questions)
+    return (JudgeKind.caption if captions else JudgeKind.question).value
+
+
+def _judge(
+    model: str, url: str | None, kind: str, benchmark: Benchmark, show: bool, conditions: Sequence[str]
+) -> Judge:
     """The judge, and on stderr what it will take at most."""
     from ..evaluation.judge import Judge
 
     questions = [question for sample in benchmark for question in sample.questions]
-    kind = "question" if any(question.question is not None for question in questions) else "caption"
     judge = Judge(model, base_url=url, api_key=os.environ.get(JUDGE_KEY), kind=kind)
     if show:
         # as long as a limit's worth of answer, about four characters a token, and no two the same
         texts = [f"{number}".ljust(4 * benchmark.spec.max_new_tokens, "x") for number in range(len(questions))]
         asked = [question.prompt if question.question is None else question.question for question in questions]
         estimate = judge.estimate(texts, [question.references for question in questions], asked)
-        typer.echo(f"judge {model}, for each of {len(conditions or ())} conditions at most: {estimate}", err=True)
+        typer.echo(f"judge {model}, for each of {len(conditions)} conditions at most: {estimate}", err=True)
     return judge
 
 
