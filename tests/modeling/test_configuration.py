@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, SmolVLMConfig
 
 from video2lora.modeling import Video2LoraConfig
 
@@ -89,3 +89,13 @@ def test_unknown_fields_are_tolerated_and_a_newer_format_refused(tmp_path):
 def test_a_field_out_of_range_is_named(fields, words):
     with pytest.raises(ValueError, match=words):
         Video2LoraConfig(**fields)
+
+
+def test_the_place_a_base_was_loaded_from_is_not_written_into_its_part(tmp_path):
+    vlm_config = SmolVLMConfig()
+    vlm_config._name_or_path = "/home/somebody/base"
+    config = Video2LoraConfig(vlm_config=vlm_config)
+    config.save_pretrained(tmp_path)
+    assert "somebody" not in (tmp_path / "config.json").read_text()
+    assert "somebody" not in str(config.to_dict()) + str(config.to_diff_dict())
+    assert vlm_config._name_or_path == "/home/somebody/base"

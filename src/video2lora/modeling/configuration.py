@@ -105,6 +105,13 @@ class Video2LoraConfig(PreTrainedConfig):
             )
         return config_dict, kwargs
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the path that the base was loaded from: `base_model_name_or_path` says it."""
+        values = super().to_dict()
+        if isinstance(values.get("vlm_config"), dict):
+            values["vlm_config"].pop("_name_or_path", None)
+        return values
+
     def check(self) -> None:
         """Raise `ValueError` naming the first field that is out of its range."""
         if self.format_version > FORMAT_VERSION:
