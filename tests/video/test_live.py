@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.video.clips import VFR_MS, numbers_in, picture, write_clip
+from tests.video.clips import VFR_MS, numbers_in, picture, write_clip, write_sound
 
 from video2lora.video import LiveVideo, UnreadableVideoError, VideoError, VideoReader, VideoSpanError, arriving
 
@@ -307,6 +307,12 @@ def test_times_that_begin_anew(clip):
 def test_an_ordinary_mp4_is_told_from_one_that_can_be_read_as_it_comes(tmp_path):
     path = write_clip(tmp_path / "plain.mp4", 50, seed=1)
     with pytest.raises(UnreadableVideoError, match="index at the end"):
+        list(LiveVideo(path, chunk_seconds=1.0, timeout=0))
+
+
+def test_sound_alone_is_refused(tmp_path):
+    path = write_sound(tmp_path / "sound.mkv")
+    with pytest.raises(UnreadableVideoError, match="no video stream"):
         list(LiveVideo(path, chunk_seconds=1.0, timeout=0))
 
 

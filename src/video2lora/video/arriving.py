@@ -178,6 +178,7 @@ class ArrivingPackets:
         self._wanted_until: int | None = None
         self._on_display: tuple[int, av.VideoFrame] | None = None
         self._ahead: tuple[int, av.VideoFrame] | None = None
+        self._frames = self._decode()
 
     @property
     def first(self) -> float | None:
@@ -261,7 +262,6 @@ class ArrivingPackets:
         self.tick = float(self._time_base)
         self._convert = FrameConverter(self._longest_edge, codec.codec.canonical_name)
         self._packets = index.packets(self._container, self._stream)
-        self._frames = self._decode()
 
     def _seconds(self, pts: int) -> float:
         assert self._origin is not None
