@@ -26,6 +26,7 @@ _EXPORTS = {
     "Video2LoraTrainer": "trainer",
     "Video2LoraTrainingArguments": "trainer",
     "inject_lora": "modeling",
+    "internalize_many": "pipelines.bulk",
     "VideoToLoraPipeline": "pipelines",
     "VideoError": "video",
     "VideoFrames": "video",
