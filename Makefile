@@ -1,6 +1,7 @@
 # Everything a newcomer runs. Needs Python >= 3.10, make and git; each target sets up what it needs by itself.
 #   make demo    a tiny video becomes an adapter that answers
 #   make test    the tests, offline
+#   make test-lmms-eval    those with lmms-eval, in an environment of their own (7 GB)
 #   make lint    ruff and mypy
 #   make clean   remove the environment and all caches
 
@@ -12,7 +13,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lmms-eval lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/video2lora demo
@@ -20,16 +21,24 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+test-lmms-eval: $(VENV)-lmms/.installed
+	OMP_NUM_THREADS=1 $(VENV)-lmms/bin/python -m pytest tests/evaluation/test_lmms_eval.py tests/evaluation/test_lmms_eval_run.py
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lmms build dist .pytest_cache .mypy_cache .ruff_cache
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Repeated only when the dependencies may have changed.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)-lmms/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lmms
+	$(VENV)-lmms/bin/python -m pip install --quiet --editable ".[lmms-eval]" "pytest>=8.3" "pytest-timeout>=2.3"
 	touch $@

@@ -32,7 +32,9 @@ class Setup(NamedTuple):
 @lru_cache
 def setup_of(family: str) -> Setup:
     vlm, vlm_processor = FAMILIES[family]()
-    model = Video2LoraModel.from_vlm(vlm, **SMALL).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Video2LoraModel.from_vlm(vlm, **SMALL).eval()
     awaken(model.hypernetwork)
     return Setup(family, model, Video2LoraProcessor(vlm_processor, num_frames=4, longest_edge=64))
 
