@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_commands_run(folder, monkeypatch):
             command[command.index("-o") + 1] = "imported-model"
         result = runner.invoke(app, [*command, *extra.get(command[0], [])])
         assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+def test_the_evaluation_runs(folder, monkeypatch):
+    from typer.testing import CliRunner
+
+    from video2lora.cli import app
+
+    monkeypatch.chdir(folder)
+    rows = [{"video": f"{name}.mp4", "prompt": "What moves?", "response": "A square."} for name in ("clip", "other")]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (command,) = [block for block in blocks("bash") if block.startswith("video2lora evaluate")]
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--max-new-tokens", "2", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert (folder / "run" / "report.html").is_file()
 
 
 def test_install_and_make_commands_exist():

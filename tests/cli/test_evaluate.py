@@ -19,17 +19,6 @@ from video2lora.evaluation.records import TIMES, read_run
 from video2lora.evaluation.report_document import without_times
 from video2lora.testing import tiny_clip
 
-HELP = """
-import sys
-from _video2lora_cli import main
-sys.argv = ["video2lora", "evaluate", "--help"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code
-heavy = {"torch", "transformers", "accelerate", "datasets", "evaluate", "av", "numpy", "pyarrow"} & set(sys.modules)
-assert not heavy, heavy
-"""
 SLOW = """
 import time
 from _video2lora_cli import main
@@ -58,12 +47,6 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-def test_help_imports_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--benchmark" in done.stdout and "--margin" in done.stdout
 
 
 def test_the_list_tells_size_and_access(run: Callable[..., Any]) -> None:

@@ -20,10 +20,13 @@ for arguments in (["--help"], *([command, "--help"] for command in sys.argv[1:])
         main()
     except SystemExit as end:
         assert not end.code, (arguments, end.code)
-heavy = {"torch", "transformers", "peft", "av", "numpy", "huggingface_hub"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "av", "numpy", "huggingface_hub"}
+heavy |= {"datasets", "evaluate", "scipy", "matplotlib", "pyarrow"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
-COMMANDS = ["internalize", "ask", "inspect", "compose", "import-checkpoint", "env", "demo"]
+COMMANDS = ["internalize", "ask", "inspect", "compose", "import-checkpoint", "env", "demo", "teach", "train"]
+COMMANDS += ["evaluate", "report", "benchmark"]
 
 
 def _process(*command: object) -> Any:

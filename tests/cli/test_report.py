@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,6 @@ from tests.evaluation.report_runs import write_run
 
 from video2lora.testing import tiny_clip
 
-HELP = """
-import sys
-from _video2lora_cli import main
-sys.argv = ["video2lora", "report", "--help"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code
-heavy = {"torch", "transformers", "datasets", "matplotlib", "scipy", "numpy", "pyarrow"} & set(sys.modules)
-assert not heavy, heavy
-"""
 QUICK = ("--resamples", 200)
 
 
@@ -33,12 +20,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Runs of 12 and 24 frames."""
     folder = tmp_path_factory.mktemp("runs")
     return [write_run(folder / f"r{n}", num_samples=12, seed=n, sampling__num_frames=n) for n in (12, 24)]
-
-
-def test_help_imports_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--sweep" in done.stdout
 
 
 def test_each_run_gets_its_report(run: Callable[..., Any], runs: list[Path]) -> None:
