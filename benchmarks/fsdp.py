@@ -160,6 +160,7 @@ def run(size: str, way: str, folder: Path, reference: dict[str, Any], options: a
     del trainer, base, after
     free(on_gpu)
     resumed = ""
+    checkpoints = checkpoints and way != "FSDP1"  # whose resuming is refused
     if checkpoints:
         trainer, _ = make_trainer(size, WAYS[way], folder / way, options)
         trainer.train(resume_from_checkpoint=str(folder / way / f"checkpoint-{options.steps // 2}"))

@@ -12,7 +12,7 @@ import torch
 
 from video2lora import Video2LoraModel
 from video2lora.trainer.checkpoints import last_complete_checkpoint
-from video2lora.trainer.sharding import shard_hypernetwork_alone
+from video2lora.trainer.sharding import check_same_sharding, shard_hypernetwork_alone
 
 from .runs import (
     SGD,
@@ -113,5 +113,17 @@ def test_a_checkpoint_without_fsdp_is_not_gone_on_from_with_it(settings, tmp_pat
     trainer.args.max_steps = 1
     trainer.train()
     trainer.is_fsdp_enabled = True
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
     with pytest.raises(ValueError, match=f"{Path(tmp_path, 'checkpoint-1')} was written without FSDP"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_fsdp1_does_not_go_on_from_what_it_gathered(settings, tmp_path):
+    for version, known in ((1, "FSDP1 cannot go on from"), (2, None)):
+        (tmp_path / "optimizer.bin").touch()
+        plugin = SimpleNamespace(fsdp_version=version)
+        if known is None:
+            check_same_sharding(str(tmp_path), plugin)
+        else:
+            with pytest.raises(ValueError, match=known):
+                check_same_sharding(str(tmp_path), plugin)

@@ -82,12 +82,24 @@ def load_sharded(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise KeyError(f"the checkpoint lacks {missing} and has unexpected {result.unexpected_keys}.")
 
 
-def check_same_sharding(checkpoint: str, sharded: bool) -> None:
-    """Refuse an optimizer that was saved in the other form.
+def check_same_sharding(checkpoint: str, plugin: Any) -> None:
+    """Refuse an optimizer that was saved in the other form, or that FSDP1 gathered.
+
+    Args:
+        checkpoint: its folder.
+        plugin: accelerate's of FSDP; None without it.
 
     Raises:
-        ValueError: the checkpoint was written with FSDP and this run is without, or the other way round.
+        ValueError: the checkpoint was written with FSDP and this run is without, or the other way round; or FSDP1 is
+            to go on.
     """
+    sharded = plugin is not None
+    if sharded and plugin.fsdp_version == 1:
+        raise ValueError(
+            f"FSDP1 cannot go on from {checkpoint}: the optimizer's state that it gathered was found to be wrong (seen "
+            "on CPUs), so the run would not be the one that was stopped. Train with fsdp_config {version: 2}, or start "
+            "anew from the checkpoint's model (`model.checkpoint`)."
+        )
     there = {kind: os.path.isfile(os.path.join(checkpoint, name)) for kind, name in OPTIMIZERS.items()}
     if there[not sharded] and not there[sharded]:
         words = {True: "with FSDP", False: "without FSDP"}

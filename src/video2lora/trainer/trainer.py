@@ -268,7 +268,8 @@ class Video2LoraTrainer(Trainer):
             if not is_complete(resume_from_checkpoint):
                 raise ValueError(f"{resume_from_checkpoint} is no complete checkpoint: it was cut short, or is none.")
             check_same_model(resume_from_checkpoint, self._config())
-            check_same_sharding(resume_from_checkpoint, self.is_fsdp_enabled)
+            plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            check_same_sharding(resume_from_checkpoint, plugin)
         self.passes.resumed = position_in_data(resume_from_checkpoint) if resume_from_checkpoint else None
         # Trainer would write the tokenizer's special tokens into the configuration of the base, which stays as it is
         self.processing_class = None
