@@ -96,8 +96,8 @@ def check_same_sharding(checkpoint: str, plugin: Any) -> None:
     sharded = plugin is not None
     if sharded and plugin.fsdp_version == 1:
         raise ValueError(
-            f"FSDP1 cannot go on from {checkpoint}: the optimizer's state that it gathered was found to be wrong (seen "
-            "on CPUs), so the run would not be the one that was stopped. Train with fsdp_config {version: 2}, or start "
+            f"FSDP1 cannot go on from {checkpoint}: the optimizer's state that it gathered was found wrong (on "
+            "CPUs), so the run would not be the one that was stopped. Train with fsdp_config {version: 2}, or start "
             "anew from the checkpoint's model (`model.checkpoint`)."
         )
     there = {kind: os.path.isfile(os.path.join(checkpoint, name)) for kind, name in OPTIMIZERS.items()}
