@@ -68,6 +68,7 @@ def _heat_map(results: Results, title: str, value: Callable[[Cell], float | None
     """Frames against resolutions, a logarithmic colour and the number in each cell; None where there is no number."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure  # not pyplot: it would choose a backend for the whole process
+    from matplotlib.ticker import LogFormatter
 
     columns = list(dict.fromkeys(cell.column for cell in results.cells))
     frames = sorted({cell.frames for cell in results.cells})
@@ -96,7 +97,8 @@ def _heat_map(results: Results, title: str, value: Callable[[Cell], float | None
     axes.set_xlabel("longest edge of frames as images; video path")
     axes.set_ylabel("frames, all really used")
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, ax=axes)
+    bar = figure.colorbar(image, ax=axes, format=LogFormatter())  # 4, not 4 x 10^0
+    bar.minorformatter = LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5))
     _sign(figure, results)
     return figure
 
