@@ -231,6 +231,34 @@ def test_merging_that_cannot_be(smolvlm, targets, adapters):
     assert_unchanged(base, weights)
 
 
+def test_one_adapter_is_merged_at_a_time(smolvlm, targets, adapters):
+    """Two threads that leave in the order they came would give back each other's weights, for good."""
+    base = copy.deepcopy(smolvlm.vlm)
+    weights = snapshot(base)
+    first, second = merge_lora(base, targets, adapters[0]), merge_lora(base, targets, adapters[1])
+    with first:
+        inside = snapshot(base)
+        with pytest.raises(RuntimeError, match="merged into this base already"), second:
+            raise AssertionError("entered")
+        assert_unchanged(base, inside)
+        with merge_lora(copy.deepcopy(smolvlm.vlm), targets, adapters[1]):  # another base is nobody else's matter
+            pass
+    assert_unchanged(base, weights)
+    with merge_lora(base, targets, adapters[1]):
+        assert not torch.equal(logits(base, text_batch(1)), logits(smolvlm.vlm, text_batch(1)))
+    assert_unchanged(base, weights)
+
+
+def test_a_weight_that_two_layers_share_is_given_back(smolvlm, targets, adapters):
+    base = copy.deepcopy(smolvlm.vlm)
+    first, last = (base.get_submodule(targets.paths["q_proj"][layer]) for layer in (0, -1))
+    last.weight = first.weight
+    weights = snapshot(base)
+    with merge_lora(base, targets, adapters[0]):
+        pass
+    assert_unchanged(base, weights)
+
+
 def test_two_backward_passes_in_one_block(smolvlm, targets):
     """A batch in two halves: gradients add up to those of the whole."""
     adapters, queries = random_lora(targets, 1, rank=2), text_batch(4)

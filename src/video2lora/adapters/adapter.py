@@ -238,6 +238,7 @@ class VideoAdapter:
             BaseMismatchError: `vlm` has not the modules the adapter was made for.
             AdapterError: the base carries PEFT adapters.
             ValueError: the base is quantised.
+            RuntimeError: another adapter is merged into it; merge a composition instead.
         """
         if isinstance(vlm, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in vlm.modules()):
             raise AdapterError("this model carries PEFT adapters: pass the plain base (`unload()` gives it back).")

@@ -78,10 +78,20 @@ def merge_lora(vlm: nn.Module, targets: LoraTargets, weights: LoraWeights) -> It
     Raises:
         ValueError: not one adapter, or it does not fit the targets; or the base is quantised, its weights not numbers
             one can add to.
+        RuntimeError: an adapter is merged into these weights already. Two would count the static part twice, and two
+            threads that leave in the order they came would give back each other's weights.
     """
     _check_fit(targets, weights)
     if len(weights) != 1:
         raise ValueError(f"expected one adapter to merge, got {len(weights)}: weights hold one at a time.")
+    changed = {id(vlm.get_submodule(path).weight) for paths in targets.paths.values() for path in paths}
+    with _merging:
+        if changed & _merged:
+            raise RuntimeError(
+                "an adapter is merged into this base already: leave its block first, merge compose_adapters([...]) of "
+                "both, or give every worker a base of its own."
+            )
+        _merged.update(changed)
     originals: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
@@ -96,9 +106,17 @@ def merge_lora(vlm: nn.Module, targets: LoraTargets, weights: LoraWeights) -> It
                     weight.copy_(torch.addmm(weight.to(exact), b.T, a, alpha=weights.scaling))
         yield
     finally:
-        with torch.no_grad():
-            for weight, original in originals:
-                weight.copy_(original)
+        try:
+            with torch.no_grad():
+                for weight, original in reversed(originals):  # one that two modules share was changed twice
+                    weight.copy_(original)
+        finally:
+            with _merging:
+                _merged.difference_update(changed)
+
+
+_merging = threading.Lock()
+_merged: set[int] = set()  # the ids of weights that an open block has changed
 
 
 class _Delta:
