@@ -178,3 +178,13 @@ def test_what_cannot_be_is_refused_before_anything_is_read(pipe, options, error,
 def test_a_rank_budget_is_for_chunks(pipe, clip):
     with pytest.raises(ValueError, match="chunk_seconds"):
         pipe(str(clip / "clip.mp4"), max_rank=10)
+
+
+def test_the_pipelines_own_options_are_those_of_a_stream(pipe, clip):
+    own = {"num_frames": 2, "chunk_seconds": 1.0, "max_rank": 9}
+    piped = pipeline("video-to-lora", model=pipe.model, processor=pipe.processor, device="cpu", **own)
+    given = list(pipe.stream(clip / "clip.ts", timeout=0, **own))
+    assert all(same(a, b) for a, b in zip(piped.stream(clip / "clip.ts", timeout=0), given, strict=True))
+    assert [adapter.rank for adapter in given] == [8, 9, 9, 9, 9]
+    by_rate = list(piped.stream(clip / "clip.ts", timeout=0, fps=3.0))
+    assert [segment.num_frames for segment in by_rate[-1].segments] == [3] * 5

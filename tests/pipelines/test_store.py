@@ -102,13 +102,71 @@ def test_whatever_decides_the_adapter_is_in_the_key(pipe, made, store, clips, ba
     frames = load_video(clips[0], num_frames=3)
     assert misses(frames) == 1 and misses(frames) == 0
     assert misses(np.zeros((3, 8, 8, 3), dtype=np.uint8)) == 1
+    assert misses(np.zeros((3, 4, 16, 3), dtype=np.uint8)) == 1  # the same bytes, other pictures
+    assert misses(chunk_seconds=1, max_rank=11) == 1 and misses(chunk_seconds=1, max_rank=11) == 0
+    assert misses(frames, chunk_seconds=1, max_rank=6) == 1 and misses(frames, chunk_seconds=1) == 0
     pipe.processor.internalization_prompt = "Watch this."
+    assert misses() == 1
+    pipe.processor.prompt_timestamps = "file"
+    assert misses() == 1
+    pipe.processor.vlm_processor.video_processor.image_mean = [0.4, 0.5, 0.5]
     assert misses() == 1
     with torch.no_grad():
         next(pipe.model.hypernetwork.parameters()).add_(0.1)
     assert misses() == 1
     other = make_pipe(save_tiny_vlm("smolvlm", tmp_path / "tiny", seed=1))  # same sizes, other weights
     assert misses(pipe=other) == 1
+
+
+def test_the_base_computes_in_a_dtype_and_that_is_in_the_key(base, clips):
+    keys = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Video2LoraModel.from_vlm(base, dtype=dtype, **SIZES)
+        model.config.base_model_revision = "0" * 40  # pinned: its weights are not hashed
+        model.checkpoint_commit = "0" * 40
+        processor = Video2LoraProcessor.from_config(model.config)
+        pipe = pipeline("video-to-lora", model=model, processor=processor, device="cpu")
+        keys.add(pipe.store_key(clips[0]))
+    assert len(keys) == 2
+
+
+def test_the_pipelines_own_options_count_as_if_they_were_asked_for(pipe, made, store, clips):
+    own = pipeline("video-to-lora", model=pipe.model, processor=pipe.processor, device="cpu", num_frames=2)
+    assert own.store_key(clips[0]) == pipe.store_key(clips[0], num_frames=2) != pipe.store_key(clips[0])
+    assert own.store_key(clips[0], fps=2.0) == pipe.store_key(clips[0], fps=2.0)  # instead of, not besides
+    assert own(clips[0], fps=2.0).content_hash == pipe(clips[0], fps=2.0).content_hash
+    own(clips[0], store=store)
+    made.clear()
+    assert pipe(clips[0], num_frames=2, store=store).segments[0].num_frames == 2 and made == []
+
+
+def test_a_dataset_that_can_only_be_indexed(pipe, store, clips):
+    class Indexed(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return {0: clips[0], 1: clips[1]}[index]
+
+    plain = [adapter.content_hash for adapter in pipe(Indexed())]
+    assert [adapter.content_hash for adapter in pipe(Indexed(), store=store)] == plain
+    with pytest.raises(TypeError, match="expected a video"):
+        pipe(5, store=store)
+
+
+def test_a_file_written_to_after_it_was_hashed_is_not_stored_under_the_old_key(pipe, store, clips, tmp_path):
+    path = tmp_path / "growing.mp4"
+    shutil.copy(clips[0], path)
+    key, get = pipe.store_key(str(path)), store.get
+
+    def replacing(asked):
+        shutil.copy(clips[1], path)
+        return get(asked)
+
+    store.get = replacing
+    adapter = pipe(str(path), store=store)
+    assert adapter.content_hash == pipe(clips[1]).content_hash
+    assert key not in store and len(store) == 0
 
 
 def test_a_bad_video_is_an_error_as_ever_and_what_came_before_it_is_kept(pipe, store, clips, tmp_path):

@@ -196,21 +196,8 @@ class _Recipe:
 
     @classmethod
     def of(cls, pipeline: VideoToLoraPipeline, asked: dict[str, Any]) -> _Recipe:
-        processor, model = pipeline.processor, pipeline.model
-        sampling = {**pipeline._preprocess_params, **asked}
-        if "num_frames" not in sampling and "fps" not in sampling:
-            sampling["num_frames"] = processor.num_frames
-        sampling.setdefault("longest_edge", processor.longest_edge)
-        sampling = {name: value for name, value in sampling.items() if value is not None}
-        facts = {
-            "sampling": sampling,
-            "prompt": processor.internalization_prompt,
-            "prompt_timestamps": processor.prompt_timestamps,
-            "dtype": str(model.dtype),
-            **model.base_identity(),
-            **model.hypernetwork_identity(),
-        }
-        return cls(sampling, facts)
+        facts = pipeline.recipe(asked)
+        return cls(facts["sampling"], facts)
 
     def of_item(self, item: BulkItem) -> dict[str, Any]:
         """Sampling of an item: its own span goes first."""
@@ -275,7 +262,7 @@ class _Work:
     def plan(self, shard: tuple[int, int] | None, overwrite: bool) -> _Plan:
         """List the videos, see what is done, and cut the rest into units; by the main process alone."""
         items = self.videos.items()
-        self.folder.prepare(overwrite=overwrite, alone=shard is None)
+        self.folder.prepare(_journal_name(shard, 0), overwrite=overwrite)
         self.folder.open(_journal_name(shard, 0))
         self.items = items
         part, parts = shard or (1, 1)

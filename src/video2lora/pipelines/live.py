@@ -60,9 +60,8 @@ def stream(
         ValueError: a bound leaves no room for a segment.
     """
     sampling: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "longest_edge": longest_edge}
-    sampling["chunk_seconds"] = chunk_seconds
-    sampling = {**self._preprocess_params, **{name: value for name, value in sampling.items() if value is not None}}
-    length = sampling.pop("chunk_seconds", None)
+    sampling = self._with_defaults(sampling | {"chunk_seconds": chunk_seconds, "max_rank": max_rank})
+    length, max_rank = sampling.pop("chunk_seconds", None), sampling.pop("max_rank", None)
     if length is None:
         raise ValueError("pass chunk_seconds=, the length of the chunks that a live video is cut into.")
     if sampling.keys() & {"start", "end"}:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +23,10 @@ from ..adapters import AdapterProvenance, Segment, VideoAdapter, VideoAdapterSto
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
 from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
 from ..video.ahead import one_ahead, prepare_ahead
+from ..video.frames import is_frames
 from .live import grow, stream
+
+logger = logging.getLogger(__name__)
 
 SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds", "max_rank")
 
@@ -106,26 +111,26 @@ class VideoToLoraPipeline(Pipeline):
         """
         options = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
         options |= {"chunk_seconds": chunk_seconds, "max_rank": max_rank}
-        preprocess = {**self._preprocess_params, **{k: v for k, v in options.items() if v is not None}}
+        preprocess = self._with_defaults(options)
         if "max_rank" in preprocess and "chunk_seconds" not in preprocess:
             raise ValueError("max_rank is shared by the chunks of a video: pass chunk_seconds= too.")
         batch_size = batch_size or self._batch_size or 1
         num_workers = num_workers or self._num_workers or 0
-        if store is not None:
-            one = _is_one_video(videos)
-            stored = self._through_store([videos] if one else videos, store, num_workers, batch_size, preprocess)
-            if one:
-                return next(stored)
-            return list(_with_bar(stored, videos)) if isinstance(videos, (list, tuple)) else stored
-        if _is_one_video(videos):
-            if "chunk_seconds" in preprocess:
-                return self._internalize_chunks(videos, batch_size, **preprocess)
-            return self.run_single(videos, preprocess, {}, {})[0]
-        if not isinstance(videos, (Iterable, Dataset)):
+        one = _is_one_video(videos)
+        if not one and not isinstance(videos, (Iterable, Dataset)):
             raise TypeError(
                 "expected a video (path, URL, bytes, file object, frames in memory), or a list, generator or dataset "
                 f"of videos; got {type(videos).__name__}."
             )
+        if store is not None:
+            stored = self._through_store([videos] if one else videos, store, num_workers, batch_size, preprocess)
+            if one:
+                return next(stored)
+            return list(_with_bar(stored, videos)) if isinstance(videos, (list, tuple)) else stored
+        if one:
+            if "chunk_seconds" in preprocess:
+                return self._internalize_chunks(videos, batch_size, **preprocess)
+            return self.run_single(videos, preprocess, {}, {})[0]
         adapters = self.get_iterator(videos, num_workers, batch_size, preprocess, {}, {})
         return list(_with_bar(adapters, videos)) if isinstance(videos, (list, tuple)) else adapters
 
@@ -135,14 +140,15 @@ class VideoToLoraPipeline(Pipeline):
         self, videos: Any, store: VideoAdapterStore, num_workers: int, batch_size: int, preprocess: dict[str, Any]
     ) -> Iterator[VideoAdapter]:
         """Adapters of many videos, lazily: those in the store, and the others made and put there."""
-        remaining = iter(videos)
+        remaining = _one_by_one(videos)
         while window := list(islice(remaining, max(batch_size, num_workers, 1))):
             keys = [self.store_key(video, **preprocess) for video in window]
             found = {key: store.get(key) for key in keys}
             missing = {key: video for key, video in zip(keys, window, strict=True) if found[key] is None}
             made = self.get_iterator(list(missing.values()), num_workers, batch_size, preprocess, {}, {})
             for key, adapter in zip(missing, made, strict=True):
-                store.put(key, adapter)
+                if self._is_of(missing[key], adapter, key, preprocess):
+                    store.put(key, adapter)
                 found[key] = adapter
             for key in keys:
                 yield cast(VideoAdapter, found[key])
@@ -154,34 +160,64 @@ class VideoToLoraPipeline(Pipeline):
         revisions, or hashes of their weights where they have none. Versions of libraries are not in it.
 
         Args:
-            video, sampling: as in a call: `num_frames`, `fps`, `start`, `end`, `longest_edge`, `chunk_seconds`.
+            video, sampling: as in a call: `num_frames`, `fps`, `start`, `end`, `longest_edge`, `chunk_seconds`,
+                `max_rank`.
 
         Raises:
             VideoError: the video cannot be read.
         """
+        sampling = self._with_defaults(sampling)
         video, sampling = _span_of(video, sampling)
+        return self._key(_content_of(video), sampling)
+
+    def _with_defaults(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a call: those asked for, and the pipeline's own; `num_frames` and `fps` replace each other."""
+        given = {name: value for name, value in asked.items() if value is not None}
+        own = {name: value for name, value in self._preprocess_params.items() if value is not None}
+        if given.keys() & {"num_frames", "fps"}:
+            own = {name: value for name, value in own.items() if name not in ("num_frames", "fps")}
+        return own | given
+
+    def recipe(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides an adapter but the video, as JSON values.
+
+        Args:
+            asked: options of a call.
+
+        Returns:
+            `sampling`, with all defaults filled in; the prompt, how the base's processor prepares pictures, and what
+            identifies base and hypernetwork.
+        """
         processor = self.processor
+        sampling = self._with_defaults(asked)
         if "num_frames" not in sampling and "fps" not in sampling:
             sampling["num_frames"] = processor.num_frames
         sampling.setdefault("longest_edge", processor.longest_edge)
-        if isinstance(video, VideoFrames):
-            digest = hashlib.sha256(np.ascontiguousarray(video.frames).data).hexdigest()
-            content = {"frames": digest, "timestamps": video.timestamps, "start": video.start, "end": video.end}
-            content["duration"] = video.duration
-            sampling = {}
-        else:
-            with VideoReader(video) as reader:
-                content = {"sha256": reader.sha256}
-        facts = {
-            "video": content,
+        return {
             "sampling": {name: value for name, value in sampling.items() if value is not None},
             "prompt": processor.internalization_prompt,
             "prompt_timestamps": processor.prompt_timestamps,
+            "processor_sha256": _hash_of_processor(processor.vlm_processor),
             "dtype": str(self.model.dtype),
             **self.model.base_identity(),
             **self.model.hypernetwork_identity(),
         }
-        return VideoAdapterStore.key(facts)
+
+    def _key(self, content: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+        facts = self.recipe(asked)
+        if "frames" in content:  # they are sampled already
+            facts["sampling"] = {name: value for name, value in facts["sampling"].items() if name == "max_rank"}
+        return VideoAdapterStore.key(facts | {"video": content})
+
+    def _is_of(self, video: Any, adapter: VideoAdapter, key: str, asked: Mapping[str, Any]) -> bool:
+        """Whether an adapter is of the bytes that its key was made of: a file may be written to in between."""
+        video, sampling = _span_of(video, dict(asked))
+        if isinstance(video, VideoFrames) or is_frames(video):
+            return True
+        if self._key({"sha256": adapter.segments[0].sha256}, sampling) == key:
+            return True
+        logger.warning("%s changed while it was read; its adapter is not stored.", adapter.segments[0].source)
+        return False
 
     def get_iterator(
         self,
@@ -193,7 +229,7 @@ class VideoToLoraPipeline(Pipeline):
         postprocess_params: dict[str, Any],
     ) -> Iterator[VideoAdapter]:
         """Adapters of many videos, lazily; the parent's loader cannot batch what is not a dict of tensors."""
-        videos = (inputs[i] for i in range(len(inputs))) if _is_indexed(inputs) else inputs
+        videos = _one_by_one(inputs)
         if "chunk_seconds" in preprocess_params:
             yield from (self._internalize_chunks(video, batch_size, **preprocess_params) for video in videos)
             return
@@ -322,9 +358,41 @@ def _is_one_video(videos: Any) -> bool:
     return hasattr(videos, "read")
 
 
-def _is_indexed(videos: Any) -> bool:
-    """Whether `videos` is a torch dataset that can only be indexed."""
-    return isinstance(videos, Dataset) and not isinstance(videos, IterableDataset)
+def _one_by_one(videos: Any) -> Iterator[Any]:
+    """Each of `videos`; a torch dataset may be such that it can only be indexed."""
+    if isinstance(videos, Dataset) and not isinstance(videos, IterableDataset):
+        return (videos[i] for i in range(len(videos)))  # type: ignore[arg-type]
+    return iter(videos)
+
+
+def _content_of(video: Any) -> dict[str, Any]:
+    """What tells a video from others, but where it lies."""
+    if isinstance(video, VideoFrames):
+        digest = hashlib.sha256(np.ascontiguousarray(video.frames).data).hexdigest()
+        content = {"frames": digest, "shape": video.frames.shape, "timestamps": video.timestamps}
+        return content | {"start": video.start, "end": video.end, "duration": video.duration}
+    with VideoReader(video) as reader:
+        content = {"sha256": reader.sha256}
+        if is_frames(video):  # the same bytes are other pictures at another width
+            content["shape"] = [len(reader.times), *reader.info.size]
+        return content
+
+
+# What a base's processor may do to pictures; not all of its settings, whose names differ between versions.
+_PICTURES: tuple[str, ...] = ("size", "max_image_size", "min_pixels", "max_pixels", "patch_size")
+_PICTURES += ("temporal_patch_size", "merge_size")
+_PICTURES += ("image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize")
+_PICTURES += ("do_image_splitting", "crop_size", "do_center_crop", "image_seq_len")
+
+
+def _hash_of_processor(vlm_processor: Any) -> str:
+    """SHA-256 of the chat template and of what is done to pictures."""
+    settings: dict[str, Any] = {"chat_template": getattr(vlm_processor, "chat_template", None)}
+    for name in ("image_processor", "video_processor"):
+        part = getattr(vlm_processor, name, None)
+        values = {} if part is None else part.to_dict()
+        settings[name] = {key: values[key] for key in _PICTURES if values.get(key) is not None}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _span_of(video: Any, sampling: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
