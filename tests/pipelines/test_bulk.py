@@ -285,12 +285,20 @@ def test_two_runs_at_once_are_refused(pipe: Any, clips: Path, tmp_path: Path, mo
 
     def nested(*args: Any, **kwargs: Any) -> Any:
         monkeypatch.setattr(pipe, "forward", forward)
-        with pytest.raises(DatasetError, match="another run is writing"):
-            internalize_many(pipe, clips, tmp_path, **OPTIONS)
+        half = tmp_path / ".clip-0123456789abcdef.tmp-0123456789ab"  # what the first is writing just now
+        half.mkdir()
+        settings = (tmp_path / "internalize.json").read_bytes()
+        for change in ({}, {"num_frames": 2, "overwrite": True}):
+            with pytest.raises(DatasetError, match="another run is writing"):
+                internalize_many(pipe, clips, tmp_path, **OPTIONS, **change)
+        assert half.is_dir() and (tmp_path / "internalize.json").read_bytes() == settings
+        internalize_many(pipe, [clips / "c.mp4"], tmp_path, shard=(1, 2), **OPTIONS)  # a launch beside it
+        assert half.is_dir()
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(pipe, "forward", nested)
-    assert _counts(internalize_many(pipe, clips, tmp_path, **OPTIONS)) == (7, 0, 0, 0)
+    summary = internalize_many(pipe, clips, tmp_path, **OPTIONS)
+    assert summary.num_made + summary.num_found == 7 and len(_index(tmp_path)) == 7
 
 
 # what is known of videos and adapters
@@ -417,6 +425,16 @@ def test_another_hypernetwork_is_refused_and_overwrite_replaces(
     assert not new & old
     assert {path.name for path in out.iterdir() if (path / "video2lora.json").exists()} == new
     assert _counts(internalize_many(other, clips, out, overwrite=True, **OPTIONS)) == (0, 0, 7, 0)
+
+
+def test_overwrite_keeps_what_was_made_of_other_videos(pipe: Any, clips: Path, tmp_path: Path) -> None:
+    """A second list into the same folder, by a command that always says --overwrite, replaces nothing of the first."""
+    internalize_many(pipe, [clips / "c.mp4"], tmp_path, **OPTIONS)
+    (first,) = _index(tmp_path)
+    internalize_many(pipe, [clips / "d.mp4"], tmp_path, overwrite=True, **OPTIONS)
+    assert VideoAdapter.from_pretrained(tmp_path / first["adapter"]).content_hash == first["content_hash"]
+    assert [Path(line["video"]).name for line in _index(tmp_path)] == ["d.mp4"]
+    assert _counts(internalize_many(pipe, [clips / "c.mp4", clips / "d.mp4"], tmp_path, **OPTIONS)) == (0, 0, 2, 0)
 
 
 def test_a_store_is_asked_and_filled(pipe: Any, clips: Path, tmp_path: Path, made: list[int]) -> None:

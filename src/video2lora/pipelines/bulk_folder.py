@@ -63,18 +63,18 @@ class BulkFolder:
         self._file: Any = None
         self._own_lock: FileLock | None = None
 
-    def prepare(self, *, overwrite: bool, alone: bool) -> None:
+    def prepare(self, name: str, *, overwrite: bool) -> None:
         """Make the folder, note what it is for, and remove what killed writers left. For one process of a launch.
 
         Args:
+            name: of this process's journal, which is taken first: what another run is writing is not touched.
             overwrite: also if it was begun with other settings.
-            alone: no other launch (a shard) is at work here.
 
         Raises:
-            DatasetError: it was begun with other settings, or holds something else.
+            DatasetError: it was begun with other settings, holds something else, or another run is writing to it.
         """
         check_folder(self.path)
-        self._journal_folder()
+        self._take_journal(name)
         with self._lock():
             file = self.path / STATE
             if file.exists():
@@ -84,6 +84,7 @@ class BulkFolder:
             state = {"format": FORMAT, "settings": self.settings, "video2lora": __version__}
             data = json.dumps(state, indent=2, ensure_ascii=False).encode() + b"\n"
             _write_if_new(file, data)
+        alone = self._is_alone()
         for path in self.path.glob(".*"):
             with suppress(FileNotFoundError):  # another shard was at its end
                 if _LEFTOVER.fullmatch(path.name) and (alone or _age(path) > _LEFTOVER_SECONDS):
@@ -95,14 +96,8 @@ class BulkFolder:
         Raises:
             DatasetError: another process is writing it.
         """
-        self._journal_folder()
-        self._own_lock = FileLock(self._journal / f".{name}.lock")
-        try:
-            self._own_lock.acquire(timeout=0)
-        except Timeout as error:
-            raise DatasetError(
-                f"another run is writing to {self.path}: wait for it, or name another folder."
-            ) from error
+        if self._own_lock is None:
+            self._take_journal(name)
         path = self._journal / f"{name}.jsonl"
         cut_torn_line(path)
         self._file = path.open("ab")
@@ -216,19 +211,41 @@ class BulkFolder:
             else:
                 (self.path / SKIPPED).unlink(missing_ok=True)
             if remove_replaced:
-                self._remove_replaced({line["adapter"] for line in lines})
+                self._remove_replaced()
 
-    def _remove_replaced(self, listed: set[str]) -> None:
+    def _remove_replaced(self) -> None:
+        # what was made of videos that are not in this run's list has not been replaced
+        current = {entry.get("adapter") for entry in self.newest.values()}
         for entry in self._entries():
             newest = self.newest.get(_identity(entry))
-            if "adapter" not in entry or entry["adapter"] in listed or newest is None or "error" in newest:
+            if "adapter" not in entry or entry["adapter"] in current or newest is None or "error" in newest:
                 continue
             directory = self.path / entry["adapter"]
             if directory.is_dir() and storage.is_replaceable(directory):
                 shutil.rmtree(directory)
 
-    def _journal_folder(self) -> None:
+    def _take_journal(self, name: str) -> None:
         self._journal.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._journal / f".{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise DatasetError(
+                f"another run is writing to {self.path}: wait for it, or name another folder."
+            ) from error
+        self._own_lock = lock
+
+    def _is_alone(self) -> bool:
+        """Whether no other launch (a shard) is at work here."""
+        assert self._own_lock is not None
+        for path in self._journal.glob(".*.lock"):
+            if path != Path(self._own_lock.lock_file):
+                try:
+                    with FileLock(path, timeout=0):
+                        pass
+                except Timeout:
+                    return False
+        return True
 
     def _lock(self) -> FileLock:
         return FileLock(self._journal / ".lock")
