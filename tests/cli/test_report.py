@@ -55,6 +55,11 @@ def test_two_runs_are_compared(run: Callable[..., Any], runs: list[Path]) -> Non
     assert done.stdout.startswith("## adapter in token_f1: B against A\n") and "12 in A, 24 in B" in done.stdout
     found = json.loads(run("report", *runs, "--compare", "--metric", "exact_match", "--json", *QUICK).stdout)
     assert found["metric"] == "exact_match" and found["effects"][0]["n"] == 36
+    for effect in found["effects"]:  # no margin was declared, so nothing is claimed
+        names = [name for name in effect if name in ("equivalent", "non_inferior", "superior") or name[:2] == "p_"]
+        assert len(names) == 9 and all(effect[name] is None for name in [*names, "margin"])
+    found = json.loads(run("report", *runs, "--compare", "--json", *QUICK).stdout)
+    assert found["metric"] == "token_f1" and isinstance(found["effects"][0]["equivalent"], bool)
     assert found["differences"] == {"sampling.num_frames": [12, 24]}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -126,7 +125,10 @@ def evaluate(
         judging = None
         if judge is not None:
             kind = _judge_kind(judge_kind, samples)
-            judging = _judge(judge, judge_url, kind, samples, state.is_main_process, _names(conditions) or [])
+            judging = _judge(judge, judge_url, kind)
+            if state.is_main_process:
+                limit = max_new_tokens or samples.spec.max_new_tokens
+                _say_what_it_takes(judging, samples, limit, len(_names(conditions) or []))
         model, processor = _load_model(checkpoint, revision, dtype, state.device if device is None else device)
         processor.num_frames = num_frames or (
             processor.num_frames if samples.spec.schema == "local" else samples.spec.num_frames
@@ -262,21 +264,20 @@ def _judge_kind(asked: JudgeKind | None, benchmark: Benchmark) -> str:
     return (JudgeKind.caption if captions else JudgeKind.question).value
 
 
-def _judge(
-    model: str, url: str | None, kind: str, benchmark: Benchmark, show: bool, conditions: Sequence[str]
-) -> Judge:
-    """The judge, and on stderr what it will take at most."""
+def _judge(model: str, url: str | None, kind: str) -> Judge:
     from ..evaluation.judge import Judge
 
+    return Judge(model, base_url=url, api_key=os.environ.get(JUDGE_KEY), kind=kind)
+
+
+def _say_what_it_takes(judge: Judge, benchmark: Benchmark, max_new_tokens: int, num_conditions: int) -> None:
+    """On stderr, what judging will take at most."""
     questions = [question for sample in benchmark for question in sample.questions]
-    judge = Judge(model, base_url=url, api_key=os.environ.get(JUDGE_KEY), kind=kind)
-    if show:
-        # as long as a limit's worth of answer, about four characters a token, and no two the same
-        texts = [f"{number}".ljust(4 * benchmark.spec.max_new_tokens, "x") for number in range(len(questions))]
-        asked = [question.prompt if question.question is None else question.question for question in questions]
-        estimate = judge.estimate(texts, [question.references for question in questions], asked)
-        typer.echo(f"judge {model}, for each of {len(conditions)} conditions at most: {estimate}", err=True)
-    return judge
+    # as long as a limit's worth of answer, about four characters a token, and no two the same
+    texts = [f"{number}".ljust(4 * max_new_tokens, "x") for number in range(len(questions))]
+    asked = [question.prompt if question.question is None else question.question for question in questions]
+    estimate = judge.estimate(texts, [question.references for question in questions], asked)
+    typer.echo(f"judge {judge.model}, for each of {num_conditions} conditions at most: {estimate}", err=True)
 
 
 def _load_model(checkpoint: str, revision: str | None, dtype: Dtype | None, device: Any) -> tuple[Any, Any]:
@@ -370,7 +371,9 @@ def _scores(run: EvaluationRun) -> list[dict[str, Any]]:
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {name: getattr(verdict, name) for name in ("metric", "condition", "baseline")} | asdict(verdict.comparison)
+    return {
+        name: getattr(verdict, name) for name in ("metric", "condition", "baseline")
+    } | verdict.comparison.to_dict()
 
 
 def _sentence(verdict: Verdict) -> str:

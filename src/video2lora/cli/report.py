@@ -15,6 +15,7 @@ from ._output import note, print_json
 
 if TYPE_CHECKING:
     from ..evaluation.records import EvaluationRun
+    from ..evaluation.report_numbers import Effect
     from ..evaluation.samples import Sample
 
 
@@ -91,11 +92,19 @@ def _compare(
             raise CommandError(f"{runs[0]} has no scores: name a metric after scoring it.")
     found = compare_runs(runs[0], runs[1], condition=condition, metric=metric, margin=margin, resamples=resamples)
     if json:
-        effects = [{"task": e.task, **e.comparison.to_dict(), "margin": e.margin} for e in found.effects]
+        effects = [_effect(effect) for effect in found.effects]
         differences = {name: list(values) for name, values in found.differences.items()}
         print_json({"condition": condition, "metric": metric, "effects": effects, "differences": differences})
     else:
         typer.echo(found.to_markdown(), nl=False)
+
+
+def _effect(effect: Effect) -> dict[str, Any]:
+    """An effect for JSON; without a margin there is no verdict."""
+    found = {"task": effect.task, **effect.comparison.to_dict(), "margin": effect.margin}
+    verdicts = {"equivalent", "non_inferior", "superior"}
+    hidden = {name for name in found if name in verdicts or name.startswith("p_")} if effect.margin is None else set()
+    return {name: None if name in hidden else value for name, value in found.items()}
 
 
 def _metrics(run: EvaluationRun) -> tuple[list[str], list[str]]:
