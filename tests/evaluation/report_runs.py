@@ -118,6 +118,7 @@ def write_run(
                 row: dict[str, Any] = {
                     "condition": name,
                     "sample_id": f"video-{sample}",
+                    "video_id": f"video-{sample}",
                     "question_id": f"q{question}",
                     "task": tasks[question % len(tasks)],
                     "prompt": f"What is to be seen, {question}?",

@@ -233,6 +233,7 @@ def test_plm_marks_the_subject_by_a_red_rectangle(tmp_path: Path) -> None:
     others = [index for index in range(12) if index != 3]
     assert np.abs(after[others] - before[others]).max() < 24
     again = load_benchmark("plm_rcap", data_dir=tmp_path, tasks=["plain", "marked"])
+    assert plain.video_id == marked.video_id == "sav_1.mp4" and plain.same_video(marked)
     assert again.digest == both.digest  # our own clips are not taken for the benchmark's
 
 

@@ -142,6 +142,17 @@ def test_the_same_bytes_elsewhere_are_no_other_video(samples, tmp_path):
         list(prepare_samples(samples[:2], setup.processor, conditions, 2))
 
 
+def test_a_copy_that_was_drawn_into_is_no_other_video(samples, tmp_path):
+    setup, drawn = setup_of("smolvlm"), tmp_path / "drawn.mp4"
+    tiny_clip(drawn, seed=99)  # other bytes in another place, but the same video by what the benchmark says
+    marked = Sample("marked", str(drawn), ask("marked", "What?"), video_id="v")
+    several = [replace(samples[0], video_id="v"), marked, replace(samples[3], video_id="w")]
+    conditions = conditions_of(setup, "other_adapter")
+    assert [item.partner.sample.id for item in prepare(setup, several, *conditions)] == ["s3", "s3", "s0"]
+    with pytest.raises(ValueError, match="every sample is about the video of s0"):
+        list(prepare_samples(several[:2], setup.processor, conditions, 0))
+
+
 def test_segments_are_equal_parts_of_the_span_with_frames_of_their_own(samples):
     setup = setup_of("smolvlm")
     conditions = conditions_of(setup, "adapter", segments=2) + conditions_of(setup, "adapter", segments=4)

@@ -34,7 +34,8 @@ def _row(condition: str, sample: str, question: str, **other: Any) -> dict[str, 
     row = {"condition": condition, "sample_id": sample, "question_id": question, "task": "t", "prompt": "Ünï 字?"}
     answer = {"answer": "x", "num_tokens": 2, "ended": True, "context_tokens": 5, "visual_tokens": 0, "num_frames": 8}
     times = {"prepare_seconds": 0.5, "answer_seconds": 0.25}
-    return row | {"question": None, "references": ["a", "b"]} | answer | times | other
+    row |= {"video_id": sample, "question": None, "references": ["a", "b"]}
+    return row | answer | times | other
 
 
 @pytest.fixture
@@ -43,7 +44,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "run.json").write_text(json.dumps(SETTINGS))
     asked = [("s1", "q1", "t"), ("s1", "q2", "u"), ("s1", "q3", "t")]
     rows = [_row(name, s, q, task=t) for s, q, t in asked for name in ("video", "adapter")]
-    bad = {"sample_id": "s2", "question_id": "q4", "task": "t", "prompt": "?", "references": [], "error": "s2.mp4: no"}
+    bad = {"sample_id": "s2", "video_id": "s2", "question_id": "q4", "task": "t", "prompt": "?", "references": []}
+    bad["error"] = "s2.mp4: no"
     rows += [{"condition": name, **bad} for name in ("video", "adapter")]
     records = with_scores(make_records(rows), "token_f1", [0.5, 0.25, 1.0, 0.0, None, math.nan, None, None])
     write_records(tmp_path, records)

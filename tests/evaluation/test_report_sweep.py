@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -92,6 +93,27 @@ def test_what_makes_no_sweep_is_refused_by_name(runs: list[Path], tmp_path: Path
     model = write_run(tmp_path / "model", num_samples=2, model__hypernetwork_sha256="0" * 64)
     with pytest.raises(EvaluationError, match=r"frames-16 and .*model are of different models"):
         write_sweep_report([first, model], tmp_path / "sweep")
+    for number, (changes, what) in enumerate(
+        (
+            ({"decoding__max_new_tokens": 8}, "decoding is"),
+            ({"alpha": 0.05}, "alpha is 0.025 and 0.05"),
+            ({"margins": {"token_f1": 0.2}}, "margins is"),
+            ({"baseline": "adapter"}, "baseline is 'video' and 'adapter'"),
+        )
+    ):
+        other = write_run(tmp_path / f"other-{number}", num_samples=2, sampling__num_frames=3, **changes)
+        with pytest.raises(EvaluationError, match=f"differ in more than their frames: {what}"):
+            write_sweep_report([first, other], tmp_path / "sweep")
+
+    def grade(row: dict[str, Any]) -> None:
+        row["scores"]["judge"] = 0.5
+
+    graded = [
+        write_run(tmp_path / name, num_samples=2, sampling__num_frames=n, change=grade, judge={"model": name})
+        for n, name in enumerate("ab", 1)
+    ]
+    with pytest.raises(EvaluationError, match="graded by different judges"):
+        write_sweep_report(graded, tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
 

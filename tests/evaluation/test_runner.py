@@ -18,6 +18,7 @@ import pytest
 from video2lora.cli.demo import _random_checkpoint
 from video2lora.evaluation import runner, scoring
 from video2lora.evaluation.benchmarks import Benchmark, load_benchmark
+from video2lora.evaluation.comparison import compare_runs
 from video2lora.evaluation.conditions import CONDITIONS, Condition, Decoding, PreparedSample
 from video2lora.evaluation.judge import JudgeError, Judgment
 from video2lora.evaluation.records import RECORD_FIELDS, TIMES, EvaluationError, EvaluationRun, read_run
@@ -169,6 +170,23 @@ def test_answers_are_those_of_the_conditions_by_themselves(finished: Path, model
     assert {(row["condition"], row["question_id"]): row["answer"] for row in rows} == answers
     for name in CONDITION_NAMES[1:]:
         assert any(answers[name, q] != answers["video", q] for _, q in answers)
+
+
+def test_spans_of_one_video_are_resampled_together(finished: Path, tmp_path: Path) -> None:
+    run = read_run(finished)
+    rows = [row for row in run.records.to_pylist() if row["condition"] == "video"]
+    videos: dict[str, set[str]] = {}
+    for row in rows:
+        videos.setdefault(row["question_id"][0], set()).add(row["video_id"])
+    assert [len(ids) for ids in videos.values()] == [1, 1, 1, 1] and len(set.union(*videos.values())) == 4
+    assert len({row["sample_id"] for row in rows}) == 6
+    assert not any("/" in row["video_id"] for row in rows)  # no place of this machine
+    numbers = RunNumbers(run, 200)
+    assert {verdict.comparison.num_clusters for verdict in verdicts(run)} == {4}
+    assert {effect.comparison.num_clusters for effect in numbers.effects("token_f1") if effect.task is None} == {4}
+    assert numbers.mean("token_f1", "video").num_clusters == 4
+    found = compare_runs(finished, finished, metric="token_f1", resamples=200)
+    assert found.comparison.num_clusters == 4
 
 
 def test_what_is_declared_tells_the_run(finished: Path, model: Any, rows_file: Path) -> None:
@@ -524,9 +542,10 @@ class FakeJudge:
 
     left: int = 10**6
     asked: int = 0
+    model: str = "fake"
 
     def settings(self) -> dict[str, Any]:
-        return {"model": "fake"}
+        return {"model": self.model}
 
     def score(self, predictions: Sequence[str], references: Any, questions: Any) -> list[float | None]:
         scores: list[float | None] = []
@@ -551,6 +570,28 @@ def test_a_judge_that_dies_loses_nothing(model: Any, rows_file: Path, tmp_path: 
     run = evaluate(model, rows_file, tmp_path / "run", judge=FakeJudge(), **options)  # the same call again
     assert run.unscored("judge") == 0 and run.records.equals(whole.records)
     assert len({verdict.metric for verdict in verdicts(run)}) == 1
+
+
+def test_grades_of_two_judges_are_never_mixed(model: Any, rows_file: Path, tmp_path: Path) -> None:
+    conditions = [Echo(), Echo("adapter", "short")]
+    runs = [tmp_path / name for name in "ab"]
+    for run in runs:  # nobody declared a judge
+        evaluate(model, rows_file, run, conditions=conditions, metrics=["token_f1"], margins={})
+    a, b = (score_run(run, ["judge"], judge=FakeJudge(model=run.name)) for run in runs)
+    assert (a.judge, b.judge, read_run(runs[0]).judge) == ({"model": "a"}, {"model": "b"}, {"model": "a"})
+    assert a.settings["judge"] is None
+    with pytest.raises(EvaluationError, match="graded by different judges .*'a'.*'b'"):
+        compare_runs(*runs, metric="judge", resamples=200)
+    kept = score_run(runs[0], ["judge"], judge=FakeJudge(model="b", left=0))  # it is dead: nothing is lost
+    assert kept.judge == {"model": "a"} and kept.unscored("judge") == 0
+    part = score_run(runs[0], ["judge"], judge=FakeJudge(model="b", left=5))
+    assert part.judge == {"model": "b"} and part.unscored("judge") == 13  # none of a's grades among them
+    again = score_run(runs[0], ["judge"], judge=FakeJudge(model="b"))
+    assert again.unscored("judge") == 0 and read_run(runs[0]).judge == {"model": "b"}
+    before = (runs[0] / "records.parquet").read_bytes()
+    score_run(runs[0], ["token_f1", "judge"], judge=FakeJudge(model="b"))
+    assert (runs[0] / "records.parquet").read_bytes() == before
+    assert compare_runs(*runs, metric="judge", resamples=200).comparison.effect == 0
 
 
 def test_grades_that_are_missing_are_counted(model: Any, rows_file: Path, tmp_path: Path) -> None:
@@ -586,7 +627,7 @@ def test_scores_are_those_of_the_metric(model: Any, rows_file: Path, tmp_path: P
         run.scores("token_f1", "caption")
     found = verdicts(run)
     assert [verdict.condition for verdict in found] == ["adapter", "no_adapter"]
-    assert found[0].comparison.n == 9 and found[0].comparison.num_clusters == 6
+    assert found[0].comparison.n == 9 and found[0].comparison.num_clusters == 4
     assert found[0].comparison.effect == pytest.approx(-7 / 9) and not found[0].comparison.non_inferior
     for verdict in found:  # the report says the same
         effect = RunNumbers(run).effect(verdict.metric, verdict.condition)

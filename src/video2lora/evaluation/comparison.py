@@ -101,11 +101,8 @@ def compare_runs(
     check_comparable(a, b)
     for run in (a, b):
         run.scores(metric, condition)  # refuses what is not there
-    if metric == "judge" and a.settings.get("judge") != b.settings.get("judge"):
-        raise EvaluationError(
-            f"{a.path} and {b.path} were graded by different judges ({a.settings.get('judge')} and "
-            f"{b.settings.get('judge')}), so their grades do not compare: score both again by one."
-        )
+    if metric == "judge":
+        check_same_judge(a, b)
     declared = {run.settings["margins"].get(metric) for run in (a, b)}
     if margin is None and len(declared) == 1:
         margin = declared.pop()
@@ -124,7 +121,7 @@ def compare_runs(
             [theirs[name][metric] for name in ids],
             margin=1.0 if margin is None else margin,
             alpha=a.settings["alpha"],
-            clusters=[theirs[name]["sample_id"] for name in ids],
+            clusters=[theirs[name]["video_id"] for name in ids],
             num_resamples=resamples,
             seed=a.settings["seed"],
             higher_is_better=spec is None or spec.higher_is_better,
@@ -155,6 +152,19 @@ def check_comparable(a: EvaluationRun, b: EvaluationRun) -> None:
                 f"{a.path} and {b.path} do not compare: their {what} is {first!r} and {second!r}. Runs of one "
                 "benchmark, version and draw are needed."
             )
+
+
+def check_same_judge(a: EvaluationRun, b: EvaluationRun) -> None:
+    """Refuse grades of two judges, which do not compare.
+
+    Raises:
+        EvaluationError: it names both runs and judges.
+    """
+    if a.judge != b.judge:
+        raise EvaluationError(
+            f"{a.path} and {b.path} were graded by different judges ({a.judge} and {b.judge}), so their grades do not "
+            "compare: score both again by one (`score_run`)."
+        )
 
 
 def _differences(a: EvaluationRun, b: EvaluationRun, condition: str) -> dict[str, tuple[Any, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -192,7 +191,7 @@ class _Preparer:
         unread = False
         for step in range(1, len(self.samples)):
             other = (index + step) % len(self.samples)
-            if _is_same_place(self.samples[other].video, own.sample.video):
+            if self.samples[other].same_video(own.sample):
                 continue
             partner = self._load_shared(other)
             if isinstance(partner, VideoError):
@@ -258,10 +257,3 @@ def _check_prompts(sample: Sample, processor: Video2LoraProcessor, prompts: Sequ
         found = [mark for mark in marks if mark in prompt]
         if found:
             raise ValueError(f"{sample.id} has {found[0]} in a prompt, but the video has its own place: take it out.")
-
-
-def _is_same_place(first: Any, second: Any) -> bool:
-    """Whether two videos are known to be one without reading them."""
-    if isinstance(first, (str, os.PathLike)) and isinstance(second, (str, os.PathLike)):
-        return os.fspath(first) == os.fspath(second)
-    return first is second

@@ -22,6 +22,7 @@ SETTINGS, ANSWERS, RECORDS = "run.json", "answers", "records.parquet"
 RECORD_FIELDS = {
     "condition": "string",
     "sample_id": "string",
+    "video_id": "string",
     "question_id": "string",
     "task": "string",
     "prompt": "string",
@@ -40,10 +41,13 @@ RECORD_FIELDS = {
 }
 """Columns and their Arrow types, in order; a column of float64 for each metric follows them.
 
+`video_id` is what is resampled as a whole: spans of one video are samples of their own, but share it.
 Where a video could not be read, `error` says why and `answer` and all that follows it is null.
 """
 TIMES = ("prepare_seconds", "answer_seconds")
 """The columns in which two runs of the same settings may differ."""
+_JUDGE = b"video2lora.judge"
+"""What the metadata of a column of grades calls the settings of their judge."""
 
 
 class EvaluationError(ValueError):
@@ -74,6 +78,13 @@ class EvaluationRun:
     def metrics(self) -> list[str]:
         """Metrics that were scored, declared or not."""
         return [name for name in self.records.column_names if name not in RECORD_FIELDS]
+
+    @property
+    def judge(self) -> dict[str, Any] | None:
+        """Settings of the judge whose grades are in the records, as the records say; else of the declared one."""
+        if "judge" in self.metrics and (told := (self.records.field("judge").metadata or {}).get(_JUDGE)):
+            return json.loads(told)
+        return self.settings.get("judge")
 
     @property
     def tasks(self) -> list[str]:
@@ -120,17 +131,15 @@ class EvaluationRun:
     def paired_scores(
         self, metric: str, candidate: str, baseline: str, task: str | None = None
     ) -> tuple[list[float], list[float], list[str]]:
-        """Scores of two conditions on the questions that both have one for, and each question's sample id."""
+        """Scores of two conditions on the questions that both have one for, and each question's video id."""
         first, second = (self.scores(metric, name, task) for name in (candidate, baseline))
-        columns = (self.records[name].to_pylist() for name in ("condition", "task", "sample_id"))
-        samples = [sample for name, kind, sample in zip(*columns, strict=True)
+        columns = (self.records[name].to_pylist() for name in ("condition", "task", "video_id"))
+        videos = [video for name, kind, video in zip(*columns, strict=True)
                    if name == baseline and task in (None, kind)]  # fmt: skip
         pairs = [
-            (a, b, sample)
-            for a, b, sample in zip(first, second, samples, strict=True)
-            if a is not None and b is not None
+            (a, b, video) for a, b, video in zip(first, second, videos, strict=True) if a is not None and b is not None
         ]
-        return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [sample for _, _, sample in pairs]
+        return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [video for _, _, video in pairs]
 
 
 def read_run(path: str | os.PathLike[str]) -> EvaluationRun:
@@ -180,8 +189,16 @@ def make_records(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([dict(row) for row in rows], schema=_schema())
 
 
-def with_scores(records: pa.Table, metric: str, scores: Sequence[float | None]) -> pa.Table:
+def with_scores(
+    records: pa.Table, metric: str, scores: Sequence[float | None], judge: Mapping[str, Any] | None = None
+) -> pa.Table:
     """The table with this metric's column set, behind those that are there; what is no number is null.
+
+    Args:
+        records: the table.
+        metric: the column's name.
+        scores: one for each row.
+        judge: settings of the judge whose grades these are; kept in the column's metadata.
 
     Raises:
         EvaluationError: the metric has the name of another column.
@@ -192,9 +209,11 @@ def with_scores(records: pa.Table, metric: str, scores: Sequence[float | None]) 
         raise EvaluationError(f"a metric cannot be called {metric!r}: records have a column of that name.")
     values = [None if score is None or math.isnan(score) else float(score) for score in scores]
     column = pa.array(values, pa.float64())
+    told = None if judge is None else {_JUDGE: json.dumps(judge, sort_keys=True).encode()}
+    field = pa.field(metric, pa.float64(), metadata=told)
     if metric in records.column_names:
-        return records.set_column(records.column_names.index(metric), metric, column)
-    return records.append_column(metric, column)
+        return records.set_column(records.column_names.index(metric), field, column)
+    return records.append_column(field, column)
 
 
 def write_records(folder: Path, records: pa.Table) -> None:
@@ -222,7 +241,10 @@ def _read_records(file: Path) -> pa.Table:
     for field in expected:
         if field.name not in found.names or found.field(field.name).type != field.type:
             there = found.field(field.name).type if field.name in found.names else "missing"
-            raise EvaluationError(f"{file}: column {field.name} should be {field.type}, but is {there}.")
+            raise EvaluationError(
+                f"{file}: column {field.name} should be {field.type}, but is {there}. Of another version? Remove the "
+                f"file and start the evaluation again with the same settings: the answers are taken from {ANSWERS}/."
+            )
     rest = [field for field in found if field.name not in RECORD_FIELDS]
     # Parquet calls the items of lists otherwise; written again, a table must give the same bytes
     schema = pa.schema([*expected, *rest])

@@ -59,7 +59,7 @@ def _spread_over_videos(order: list[int], rows: list[dict[str, Any]], each: int)
     """The first places of `order`, one of each video first."""
     firsts: dict[str, int] = {}
     for place in order:
-        firsts.setdefault(rows[place]["sample_id"], place)
+        firsts.setdefault(rows[place]["video_id"], place)
     own = list(firsts.values())
     return (own + [place for place in order if place not in set(own)])[:each]
 

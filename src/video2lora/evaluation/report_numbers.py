@@ -172,7 +172,7 @@ class RunNumbers:
             rows = [row for row in self.select(condition, task) if row[metric] is not None]
             self._means[key] = mean_of(
                 [row[metric] for row in rows],
-                [row["sample_id"] for row in rows],
+                [row["video_id"] for row in rows],
                 alpha=self.settings["alpha"],
                 seed=self.settings["seed"],
                 resamples=self.resamples,
@@ -202,7 +202,7 @@ class RunNumbers:
             [row[metric] for row in theirs],
             margin=1.0 if margin is None else margin,  # not read without a declared one
             alpha=self.settings["alpha"],
-            clusters=[row["sample_id"] for row in theirs],
+            clusters=[row["video_id"] for row in theirs],
             num_resamples=self.resamples,
             seed=self.settings["seed"],
             higher_is_better=metric not in self.specs or self.specs[metric].higher_is_better,

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from . import report_format as form
-from .comparison import check_comparable
+from .comparison import check_comparable, check_same_judge
 from .records import EvaluationError, read_run
 from .report import write_document
 from .report_document import Block, Document, Figure, Section, Table, Text
@@ -41,7 +41,8 @@ def write_sweep_report(
         The files written.
 
     Raises:
-        EvaluationError: fewer than two runs, of different benchmarks, rows or models, or two with the same frames.
+        EvaluationError: fewer than two runs, of different benchmarks, rows, models, judges, decoding or declared
+            tests, or two with the same frames.
         ImportError: a library of the extra "evaluation" is missing.
     """
     runs = _sweep_runs(run_dirs, resamples)
@@ -110,6 +111,15 @@ def _sweep_runs(run_dirs: Sequence[str | os.PathLike[str]], resamples: int) -> d
             before, now = ({k: v for k, v in r.settings[part].items() if k != "id"} for r in (runs[0], run))
             if before != now:
                 raise EvaluationError(f"{runs[0].path} and {run.path} are of different models ({part} in run.json).")
+        for part in ("decoding", "alpha", "baseline", "margins"):
+            before, now = (r.settings[part] for r in (runs[0], run))
+            if before != now:
+                raise EvaluationError(
+                    f"{runs[0].path} and {run.path} differ in more than their frames: {part} is {before!r} and "
+                    f"{now!r}."
+                )
+        if "judge" in runs[0].metrics and "judge" in run.metrics:
+            check_same_judge(runs[0], run)
         sampling = run.settings["sampling"]
         cell = (sampling["num_frames"], sampling.get("longest_edge"))
         if cell in found:

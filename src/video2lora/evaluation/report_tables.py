@@ -95,7 +95,7 @@ def _declared(numbers: RunNumbers) -> list[tuple[str, str]]:
         ("base", " at ".join(filter(None, (form.public_name(base.get("id")), base.get("revision"))))),
         ("frames", frames + (f", longest edge {edge} px" if edge else "") + f"; really used: {_frames_used(numbers)}"),
         ("decoding", _settings_text(decoding)),
-        ("judge", _settings_text(settings.get("judge") or {})),
+        ("judge", _settings_text(numbers.run.judge or {})),
         ("device", str(environment.get("device_name") or "")),
         ("libraries", ", ".join(f"{name} {number}" for name, number in environment["versions"].items())),
     ]
@@ -200,7 +200,7 @@ def means_table(numbers: RunNumbers, metric: str) -> Table:
     rows = []
     for scope in numbers.scopes:
         some = numbers.select(numbers.conditions[0], scope)
-        size = f"{len(some):,} ({len({row['sample_id'] for row in some}):,})"
+        size = f"{len(some):,} ({len({row['video_id'] for row in some}):,})"
         cells = [form.mean(numbers.mean(metric, condition, scope)) for condition in numbers.conditions]
         rows.append([form.task_name(scope), size, *cells])
     return Table(("task", "questions (videos)", *numbers.conditions), rows)

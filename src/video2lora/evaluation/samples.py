@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,8 @@ class Sample:
         video: anything `load_video` takes.
         questions: at least one.
         start, end: seconds of the file's time; None for the video's own start and end.
+        video_id: the same for all samples of one video, also where copies of it were drawn into; by default samples
+            are of one video when `video` is the same (see `video_ids`).
     """
 
     id: str
@@ -41,6 +45,29 @@ class Sample:
     questions: tuple[Question, ...]
     start: float | None = None
     end: float | None = None
+    video_id: str | None = None
+
+    def same_video(self, other: Sample) -> bool:
+        """Whether both are known, without reading them, to be about one video."""
+        if self.video_id is not None and self.video_id == other.video_id:
+            return True
+        return _place(self.video) == _place(other.video)
+
+
+def video_ids(samples: Sequence[Sample]) -> list[str]:
+    """The video of each sample, which spans of it share: its `video_id`, or the id of the first sample about it.
+
+    These are what is independent in the statistics: two spans of one video are not.
+    """
+    firsts: dict[Any, str] = {}
+    return [
+        firsts.setdefault(_place(sample.video), sample.id) if sample.video_id is None else sample.video_id
+        for sample in samples
+    ]
+
+
+def _place(video: Any) -> Any:
+    return os.fspath(video) if isinstance(video, (str, os.PathLike)) else id(video)
 
 
 @dataclass(frozen=True)

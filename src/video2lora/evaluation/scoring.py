@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ def score_run(
     """Score a finished run's answers, also by metrics that were not declared; nothing is answered again.
 
     `records.parquet` is replaced after each metric. A judge that cannot be reached, or gives no grade, leaves nulls,
-    which `EvaluationRun.unscored` counts; called again it goes on from its cache.
+    which `EvaluationRun.unscored` counts; called again it goes on from its cache. Grades of another judge than before
+    replace those of that one: no column has grades of two, and `EvaluationRun.judge` tells whose they are.
 
     Args:
         run_dir: the folder.
@@ -58,10 +60,16 @@ def score_run(
     for name in names:
         before = run.records[name].to_pylist() if name in run.metrics else None
         scores = _scores(run.records, name, judge)
+        told = _judge_settings(name, judge)
+        if before is not None and told != (run.judge if told is not None else None):
+            if not any(score is not None for score in scores):
+                logger.warning("%s: this judge gave no grade, so those of the one before stay.", name)
+                continue
+            before = None
         if before is not None:  # a judge that was there before and is not now takes nothing away
             scores = [old if new is None else new for old, new in zip(before, scores, strict=True)]
         if scores != before:
-            run = EvaluationRun(run.path, run.settings, with_scores(run.records, name, scores))
+            run = EvaluationRun(run.path, run.settings, with_scores(run.records, name, scores, told))
             write_records(run.path, run.records)
     return run
 
@@ -105,15 +113,15 @@ def verdicts(run: EvaluationRun) -> list[Verdict]:
         return []
     for metric, margin in run.settings["margins"].items():
         for condition in run.conditions if metric in run.metrics else ():
-            candidate, reference, samples = run.paired_scores(metric, condition, baseline)
-            if condition == baseline or len(set(samples)) < 2:
+            candidate, reference, videos = run.paired_scores(metric, condition, baseline)
+            if condition == baseline or len(set(videos)) < 2:
                 continue
             comparison = compare(
                 candidate,
                 reference,
                 margin=margin,
                 alpha=run.settings["alpha"],
-                clusters=samples,
+                clusters=videos,
                 seed=run.settings["seed"],
                 higher_is_better=METRICS[metric].higher_is_better,
             )
@@ -171,6 +179,15 @@ def _scores(records: Any, metric: str, judge: Judge | None) -> list[float | None
     for place, value in zip(places, found, strict=True):
         scores[place] = value
     return scores
+
+
+def _judge_settings(metric: str, judge: Judge | None) -> dict[str, Any] | None:
+    """What decides a judge's grades, as JSON gives it back; None for metrics without a judge."""
+    from .metrics import METRICS
+
+    if judge is None or "judge" not in METRICS[metric].needs:
+        return None
+    return json.loads(json.dumps(judge.settings()))
 
 
 def _answer(row: dict[str, Any]) -> Answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from ..video import VideoError
 from .conditions import Condition, Decoding, PreparedSample, prepare_samples
 from .journal import Attempt, RunFolder
 from .records import EvaluationError
-from .samples import Sample
+from .samples import Sample, video_ids
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class Work:
         decoding: Decoding,
     ) -> None:
         _check_samples(samples)
-        if any(condition.needs_partner for condition in conditions) and not _several_videos(samples):
+        if any(condition.needs_partner for condition in conditions) and len(set(video_ids(samples))) < 2:
             raise EvaluationError(
                 "all samples are about one video, and there is no other whose adapter could be tried: leave out the "
                 "condition other_adapter, or take more samples."
@@ -160,7 +159,7 @@ class Work:
         """The records, in order."""
         names = [condition.name for condition in self.conditions]
         attempts = folder.complete(len(self.groups), names)
-        rows = []
+        rows, videos = [], video_ids(self.samples)
         for group, indices in enumerate(self.groups):
             attempt = attempts[group]
             for index in indices:
@@ -168,6 +167,7 @@ class Work:
                 for number, question in enumerate(sample.questions):
                     asked = {
                         "sample_id": sample.id,
+                        "video_id": videos[index],
                         "question_id": question.id,
                         "task": question.task,
                         "prompt": question.prompt,
@@ -213,9 +213,3 @@ def _check_samples(samples: Sequence[Sample]) -> None:
                     f"question {question.id!r} has {found[0]} in its prompt, but the video has its own place: take it "
                     "out."
                 )
-
-
-def _several_videos(samples: Sequence[Sample]) -> bool:
-    """Whether there are two videos in two places."""
-    videos = [sample.video for sample in samples]
-    return len({os.fspath(v) if isinstance(v, (str, os.PathLike)) else id(v) for v in videos}) > 1

@@ -121,8 +121,8 @@ def _result(run: Any, metric: str, condition: str, mean: float, count: int) -> E
     if baseline in run.conditions and baseline != condition:
         reference, _ = _mean(run.scores(metric, baseline))
         arguments |= {} if reference is None else {"baseline": baseline, "baseline_score": round(reference, DIGITS)}
-    if metric == "judge" and settings.get("judge"):
-        arguments["judge"] = settings["judge"]["model"]
+    if metric == "judge" and run.judge:
+        arguments["judge"] = run.judge["model"]
     return EvalResult(
         task_type=TASK,
         # the Hub joins results that differ in the dataset's name or arguments alone: all that matters is in the config

@@ -146,9 +146,7 @@ def load_benchmark(
     if spec.schema == "moving_shapes":
         from .shapes import load_shapes
 
-        return load_shapes(
-            spec, split=split, num_samples=num_samples, seed=seed, tasks=wanted, num_frames=num_frames
-        )
+        return load_shapes(spec, split=split, num_samples=num_samples, seed=seed, tasks=wanted, num_frames=num_frames)
     return _load_declared(spec, data_dir, split, num_samples, seed, wanted)
 
 
@@ -162,12 +160,14 @@ def assemble(
     seed: int | None,
     skipped: Counter[str],
     sample_id: Callable[[Sequence[Entry]], str] | None = None,
+    video_id: Callable[[Entry], str | None] = lambda entry: entry.video,
 ) -> Benchmark:
     """Draw from the questions and put those of one video and span together; see `load_benchmark`.
 
     Args:
         locate: the video of a question that was drawn: anything `load_video` takes.
         sample_id: of the questions of one sample; default: from the video's name, span and region.
+        video_id: what spans and regions of one video share; None where its place says it.
     """
     seed = spec.seed if seed is None else seed
     unique = _unique(entries, skipped)
@@ -180,7 +180,7 @@ def assemble(
         group.sort(key=lambda entry: (entry.order, _natural(entry.id)))
         id = _sample_id(group) if sample_id is None else sample_id(group)
         questions = tuple(Question(one.id, one.prompt, one.references, one.task, one.question) for one in group)
-        sample = Sample(id, locate(group[0]), questions, group[0].start, group[0].end)
+        sample = Sample(id, locate(group[0]), questions, group[0].start, group[0].end, video_id(group[0]))
         rank = min(_rank(seed, spec.name, entry.draw) for entry in group)
         ranked.append(((rank, _natural(id)), sample))
     ranked.sort(key=lambda pair: pair[0])

@@ -85,6 +85,7 @@ def load_local(
         seed=seed,
         skipped=Counter(),
         sample_id=lambda group: group[0].draw,
+        video_id=lambda entry: None,  # its location, which no record should tell
     )
     return replace(benchmark, missing=missing_videos(benchmark, path.parent if data_dir is None else Path(data_dir)))
 
