@@ -86,6 +86,23 @@ def test_variable_rates_and_pictures_that_stand_still(tmp_path):
         assert chunk.timestamps == finished[chunk.start].timestamps
 
 
+def test_decoding_times_that_run_ahead_hide_no_chunk(tmp_path, monkeypatch):
+    """Chunks shorter than what B-frames put out of order, and a clock that counts in odd steps."""
+    path = write_clip(tmp_path / "clip.ts", 60, b_frames=3, container_format="mpegts")
+    note = arriving.ArrivingPackets._note
+
+    def coarse(self, packet):
+        if packet.dts is not None and packet.pts is not None:
+            packet.dts = min(packet.pts, packet.dts + 1800)  # half a frame: no frame is shown then
+        note(self, packet)
+
+    monkeypatch.setattr(arriving.ArrivingPackets, "_note", coarse)
+    chunks = list(LiveVideo(path, chunk_seconds=0.02, timeout=0))
+    assert [time for chunk in chunks for time in chunk.timestamps if time >= chunk.start - 1e-6] == pytest.approx(
+        [number / 25 for number in range(60)]
+    )
+
+
 @pytest.mark.parametrize("kind", ["mpegts", "matroska", "fragmented mp4"])
 def test_a_growing_file_is_read_as_it_grows(tmp_path, kind):
     name, options = KINDS[kind]
@@ -131,6 +148,7 @@ def test_pipes_sockets_and_files_in_memory(clip, tmp_path):
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         check(process.stdout)
     check(io.BytesIO(clip.read_bytes()))
+    check(clip.as_uri())
     with open(clip, "rb") as file:
         check(file)
     if hasattr(os, "mkfifo"):

@@ -113,8 +113,12 @@ class LiveVideo:
 
     def _next(self, number: int) -> int:
         """The next chunk, past those in which the picture stands still."""
-        times = self._source.times
-        later = times[times >= self._edge(number + 1) - SNAP]
+        end = self._edge(number + 1)
+        later = self._source.times[self._source.times >= end - SNAP]
+        if len(later) and later[0] >= self._edge(number + 2) - SNAP:
+            # a frame that others refer to comes before those that are shown before it
+            self._source.read_until(float(later[0]))
+            later = self._source.times[self._source.times >= end - SNAP]
         return max(number + 1, int((later[0] + SNAP - self._edge(0)) / self._length)) if len(later) else number + 1
 
     def _sample(self, number: int, whole: bool) -> VideoFrames | None:

@@ -9,6 +9,8 @@ import stat
 import threading
 import time
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from .errors import UnreadableVideoError
 from .sources import source_name
@@ -44,6 +46,8 @@ class WaitingFile:
         if not isinstance(video, (str, os.PathLike)):
             threading.Thread(target=self._pump, args=(video,), daemon=True).start()
             return
+        if isinstance(video, str) and video.lower().startswith("file://"):
+            video = url2pathname(urlsplit(video).path)
         try:
             if stat.S_ISREG(os.stat(video).st_mode):
                 self._file = open(video, "rb", buffering=0)
