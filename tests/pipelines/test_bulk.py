@@ -515,6 +515,30 @@ def test_what_the_model_cannot_do_with_one_video_is_no_ones_elses_matter(
     assert "NaN" in errors["long.mp4"] and "out of memory" in errors["d.mp4"] and "KeyError" in errors["f.mp4"]
 
 
+def test_a_chunk_that_trips_a_library_is_no_ones_elses_matter(
+    pipe: Any, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = pipe._prepare
+
+    def trips(frames: Any) -> Any:
+        if frames.source == "d.mp4" and frames.start > 0.5:
+            raise KeyError("deep in a library")
+        return prepare(frames)
+
+    monkeypatch.setattr(pipe, "_prepare", trips)
+    videos = [clips / f"{name}.mp4" for name in "cde"]
+    assert _counts(internalize_many(pipe, videos, tmp_path / "out", chunk_seconds=1.0, **OPTIONS)) == (2, 0, 0, 1)
+    (skipped,) = _lines(tmp_path / "out" / "skipped.jsonl")
+    assert skipped["error"] == "KeyError: 'deep in a library'"
+
+    def fails(inputs: Any, **kwargs: Any) -> Any:
+        raise KeyError("a bug of the model's")
+
+    monkeypatch.setattr(pipe, "forward", fails)
+    with pytest.raises(KeyError, match="bug of the model"):
+        internalize_many(pipe, videos, tmp_path / "bug", chunk_seconds=1.0, **OPTIONS)
+
+
 def test_a_bug_or_ctrl_c_keeps_what_is_done(
     pipe: Any, clips: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

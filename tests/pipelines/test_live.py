@@ -188,3 +188,12 @@ def test_the_pipelines_own_options_are_those_of_a_stream(pipe, clip):
     assert [adapter.rank for adapter in given] == [8, 9, 9, 9, 9]
     by_rate = list(piped.stream(clip / "clip.ts", timeout=0, fps=3.0))
     assert [segment.num_frames for segment in by_rate[-1].segments] == [3] * 5
+
+
+def test_frames_are_shrunk_as_the_model_wants_them(pipe, clip, monkeypatch):
+    monkeypatch.setattr(pipe.processor, "longest_edge", 24)
+    sizes, prepare = set(), pipe._prepare
+    monkeypatch.setattr(pipe, "_prepare", lambda frames: sizes.add(max(frames.frames.shape[1:3])) or prepare(frames))
+    grown = list(pipe.stream(clip / "clip.ts", chunk_seconds=1.0, timeout=0))
+    finished = pipe(str(clip / "clip.ts"), chunk_seconds=1.0)
+    assert sizes == {24} and same(grown[-1], finished)

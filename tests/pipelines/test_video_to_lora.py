@@ -160,6 +160,12 @@ def test_chunks_are_what_their_spans_give_composed(pipe, clips):
     assert same(chunked, compose_adapters(parts), atol=2e-6)
 
 
+def test_rounding_makes_no_chunk_more(pipe, clips):
+    """1.1 / 0.1 is a little more than 11."""
+    segments = pipe(clips[1], chunk_seconds=0.1, end=1.1).segments
+    assert len(segments) == 11 and segments[-1].end == 1.1
+
+
 def test_chunks_are_decoded_as_they_are_read(pipe, clips, monkeypatch):
     events = []
     sample, generate = VideoReader.sample, pipe.model.generate_segments

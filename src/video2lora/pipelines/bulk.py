@@ -385,7 +385,9 @@ class _Work:
             outputs = self.pipeline.forward(_join([ready.inputs for ready in batch]))
             return self.pipeline.postprocess(outputs)
         return [
-            self.pipeline._internalize_chunks(ready.inputs, self.batch_size, **self.recipe.of_item(ready.item))
+            self.pipeline._internalize_chunks(
+                ready.inputs, self.batch_size, guard=_errors_of_the_file, **self.recipe.of_item(ready.item)
+            )
             for ready in batch
         ]
 
@@ -450,9 +452,21 @@ def _journal_name(shard: tuple[int, int] | None, rank: int) -> str:
     return f"{part}-of-{parts}-{rank:05d}"
 
 
+class _FileError(ValueError):
+    """Whatever a file did to a library while its chunks were read, in words."""
+
+
+def _errors_of_the_file(chunks: Iterator[Any]) -> Iterator[Any]:
+    """The same chunks; an error is this video's alone, and no bug that would stop the run."""
+    try:
+        yield from chunks
+    except Exception as error:
+        raise _FileError(_told(error)) from error
+
+
 def _told(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, (VideoError, AdapterError)) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (VideoError, AdapterError, _FileError)) else f"{type(error).__name__}: {text}"
 
 
 def _too_many(bad: int, total: int, max_bad_fraction: float, path: Path) -> Exception:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -238,12 +238,21 @@ class VideoToLoraPipeline(Pipeline):
             yield from self.postprocess(self.forward(_join(batch), **forward_params), **postprocess_params)
 
     def _internalize_chunks(
-        self, video: Any, batch_size: int, max_rank: int | None = None, **sampling: Any
+        self,
+        video: Any,
+        batch_size: int,
+        max_rank: int | None = None,
+        guard: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+        **sampling: Any,
     ) -> VideoAdapter:
-        """One adapter from the chunks of a video, of which only a few are in memory at a time."""
+        """One adapter from the chunks of a video, of which only a few are in memory at a time.
+
+        `guard` sees what becomes of the file, and so its errors, apart from the model's.
+        """
         video, sampling = _span_of(video, sampling)
         most = None if max_rank is None else max_rank - self.static_rank
-        prepared = one_ahead(self._prepare(frames) for frames in self._segments(video, max_chunks=most, **sampling))
+        chunks = (self._prepare(frames) for frames in self._segments(video, max_chunks=most, **sampling))
+        prepared = one_ahead(guard(chunks))
         parts, segments = [], []
         adapter: VideoAdapter | None = None
         while batch := list(islice(prepared, batch_size)):
