@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from video2lora.evaluation.paper import PRINTED_RESULTS
-from video2lora.evaluation.records import EvaluationError
+from video2lora.evaluation.records import EvaluationError, read_run
 from video2lora.evaluation.report import write_report
 from video2lora.evaluation.report_document import without_times
 from video2lora.evaluation.report_numbers import RunNumbers
 from video2lora.evaluation.samples import Sample
+from video2lora.evaluation.scoring import remarks, verdicts
 from video2lora.evaluation.statistics import compare, holm, interval_verdicts
 from video2lora.testing import tiny_clip
 
@@ -393,3 +394,16 @@ def test_no_finished_run_no_report(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="not finished"):
         write_report(folder)
     assert not (folder / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("score", "remarked"), [(0.2, False), (0.6, True), (0.9, True)], ids=["loses", "as good", "better than the video"]
+)
+def test_metrics_that_need_no_video_are_remarked(score: float, remarked: bool, tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run", means={"video": 0.6, "adapter": 0.6, "no_adapter": score}, margins={"token_f1": 0.15}
+    )
+    (comparison,) = (found.comparison for found in verdicts(read_run(run)) if found.condition == "no_adapter")
+    assert comparison.non_inferior == remarked and comparison.equivalent == (score == 0.6)
+    said = remarks(verdicts(read_run(run)))
+    assert [text.startswith("token_f1: no_adapter saw nothing") for text in said] == [True] * remarked
