@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version as installed
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from video2lora import Video2LoraModel
 from video2lora.trainer.checkpoints import last_complete_checkpoint
-from video2lora.trainer.sharding import check_same_sharding, shard_hypernetwork_alone
+from video2lora.trainer.sharding import FSDP2_FLOORS, check_same_sharding, shard_hypernetwork_alone
 
 from .runs import (
     SGD,
@@ -32,6 +34,8 @@ from .runs import (
 
 
 def fsdp(version: int, **more: Any) -> dict[str, Any]:
+    if version == 2 and any(Version(installed(name)) < Version(floor) for name, floor in FSDP2_FLOORS.items()):
+        pytest.skip(f"FSDP2 is refused with libraries older than {FSDP2_FLOORS}")
     on_cpu = {"sync_module_states": False} if version == 1 else {}  # which accelerate does on GPUs alone
     return {"fsdp": True, "fsdp_config": {"version": version, **on_cpu, **more}}
 
