@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from torch.nn.functional import cross_entropy
 
-from video2lora.modeling import Video2LoraConfig, Video2LoraModel
+from video2lora.modeling import Video2LoraConfig, Video2LoraModel, merge_lora
 from video2lora.modeling import model as model_module
 
 from .helpers import SMALL, assert_same_lora, assert_unchanged, awaken, merged, num_hooks, snapshot, text_batch
@@ -470,3 +470,13 @@ def test_a_base_that_carries_an_adapter_is_not_read(smolvlm, make_model, make_pr
         assert_same_lora(model.internalize(**inputs), expected)
     carrying.unload()
     assert_same_lora(model.internalize(**inputs), expected)
+
+
+def test_a_base_with_an_adapter_merged_into_it_is_not_read(smolvlm, make_model, make_processor, clips):
+    model = make_model(copy.deepcopy(smolvlm.vlm))
+    inputs = make_processor(smolvlm)(videos=clips[:1])
+    with torch.no_grad():
+        expected = model.internalize(**inputs)
+        with merge_lora(model.vlm, model.targets, expected), pytest.raises(ValueError, match="merged into the base"):
+            model.internalize(**inputs)
+        assert_same_lora(model.internalize(**inputs), expected)

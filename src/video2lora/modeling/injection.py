@@ -115,6 +115,11 @@ def merge_lora(vlm: nn.Module, targets: LoraTargets, weights: LoraWeights) -> It
                 _merged.difference_update(changed)
 
 
+def is_merged(weight: Tensor) -> bool:
+    """Whether an open block of [`merge_lora`], in any thread, has changed this weight."""
+    return id(weight) in _merged
+
+
 _merging = threading.Lock()
 _merged: set[int] = set()  # the ids of weights that an open block has changed
 

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from .checkpoint import Video2LoraPreTrainedModel
 from .configuration import Video2LoraConfig
 from .hypernetwork import Hypernetwork, Padding
-from .injection import inject_lora
+from .injection import inject_lora, is_merged
 from .lora import LoraWeights, stack_lora
 from .streaming import keep_rope_deltas, stream_hidden_states
 from .targets import LoraTargets, resolve_targets
@@ -136,7 +136,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             video_inputs: as in [`internalize`].
 
         Raises:
-            ValueError: the base carries a PEFT adapter.
+            ValueError: the base carries a PEFT adapter, or one that is merged for a while.
         """
         self._check_plain_base()
         return self.hypernetwork.generate_weights(self._embed_layers(video_inputs))
@@ -149,6 +149,12 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
                 raise ValueError(
                     f"the base carries a PEFT adapter at {paths[0]}, so videos would be read by another model than "
                     "the hypernetwork was made for: unload() the PeftModel, or attach adapters to a base of their own."
+                )
+            weight: Any = module.weight
+            if is_merged(weight):
+                raise ValueError(
+                    "an adapter is merged into the base, so videos would be read by another model than the "
+                    "hypernetwork was made for: leave its block first, or merge into a base of its own."
                 )
 
     def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
