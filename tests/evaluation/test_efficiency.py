@@ -19,7 +19,7 @@ from video2lora.cli import app
 from video2lora.cli.demo import _random_checkpoint
 from video2lora.evaluation import efficiency, efficiency_conditions, efficiency_measure
 from video2lora.evaluation.efficiency import Sweep, run_sweep
-from video2lora.evaluation.efficiency_conditions import Bench, kv_bytes, measure_case, measure_queries, merged_lora
+from video2lora.evaluation.efficiency_conditions import Bench, kv_bytes, measure_case, measure_queries
 from video2lora.evaluation.efficiency_models import SIZES, find_subject, size_config
 from video2lora.evaluation.efficiency_prompts import (
     QUESTION,
@@ -31,7 +31,7 @@ from video2lora.evaluation.efficiency_prompts import (
 )
 from video2lora.evaluation.efficiency_report import report
 from video2lora.evaluation.efficiency_results import EfficiencyError, break_even, read_results
-from video2lora.modeling import Video2LoraProcessor, inject_lora
+from video2lora.modeling import Video2LoraProcessor, inject_lora, merge_lora
 from video2lora.testing import save_tiny_vlm, tiny_smolvlm
 from video2lora.video import VideoFrames
 
@@ -294,7 +294,7 @@ def test_a_merged_base_is_bit_for_bit_what_it_was(bench: Bench, checkpoint: Path
         ids = torch.arange(20)[None]
         with inject_lora(bench.vlm, model.targets, lora):
             expected = bench.vlm(input_ids=ids).logits
-        with pytest.raises(KeyboardInterrupt), merged_lora(bench.vlm, model.targets, lora):
+        with pytest.raises(KeyboardInterrupt), merge_lora(bench.vlm, model.targets, lora):
             torch.testing.assert_close(bench.vlm(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
             changed = {n for n, tensor in bench.vlm.state_dict().items() if not torch.equal(tensor, before[n])}
             raise KeyboardInterrupt

@@ -5,17 +5,15 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, StoppingCriteriaList
 
 from ..adapters import VideoAdapter
-from ..modeling import LoraTargets, LoraWeights, Video2LoraModel
+from ..modeling import LoraWeights, Video2LoraModel, merge_lora
 from ..modeling.vision import embed_frames
 from .efficiency_measure import Clock, PeakMemory, TokenMarks, measure, timing
 from .efficiency_prompts import Case
@@ -246,41 +244,16 @@ def measure_queries(bench: Bench, case: Case, text_tokens: int) -> Iterator[Row]
     def merged() -> Row:
         def merge(clock: Clock) -> None:
             clock.mark()
-            with merged_lora(bench.vlm, model.targets, lora):
+            with merge_lora(bench.vlm, model.targets, lora):
                 clock.mark()
 
         seconds = measure(merge, bench.device, bench.repeats).timing()
-        with merged_lora(bench.vlm, model.targets, lora):
+        with merge_lora(bench.vlm, model.targets, lora):
             return answers() | {"merge": seconds}
 
     for name, work in zip(QUERY_CONDITIONS, (answers, attached, merged), strict=True):
         possible = lora is not None or name == "text_only"
         yield {"condition": name} | counts | (attempt(work) if possible else made)
-
-
-@contextmanager
-def merged_lora(vlm: nn.Module, targets: LoraTargets, lora: LoraWeights) -> Iterator[None]:
-    """Add an adapter to the base's weights inside a `with` block; afterwards they are bit for bit what they were.
-
-    Args:
-        vlm: the base.
-        targets: the modules to adapt.
-        lora: a batch of one.
-    """
-    originals: list[tuple[Tensor, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for name, paths in targets.paths.items():
-                for layer, path in enumerate(paths):
-                    weight: Tensor = vlm.get_submodule(path).weight  # type: ignore[assignment]
-                    originals.append((weight, weight.detach().clone()))
-                    lora_A, lora_B = lora.lora_A[name][0, layer], lora.lora_B[name][0, layer]
-                    weight.copy_(weight.float() + lora.scaling * (lora_B.T @ lora_A).to(weight.device))
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, original in originals:
-                weight.copy_(original)
 
 
 def kv_bytes(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> int:
