@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.files import cut_torn_line, remove_parts, write_atomically
+from ..data.files import remove_parts, write_atomically
+from ..data.journal import Journal
 from .records import ANSWERS, RECORDS, SETTINGS, EvaluationError, read_settings
 
 INFORMATIVE = {"environment", "model.id"}
@@ -46,8 +46,8 @@ class Attempt:
 class RunFolder:
     """The folder of a run as one process sees it.
 
-    Each process appends to a file of its own, a line for each unit (one condition, one group of samples); nothing is
-    shared while work goes on. The files stay when the run is finished: what the records are made of is never removed.
+    Its `Journal` gets a line for each unit (one condition, one group of samples). The files stay when the run is
+    finished: what the records are made of is never removed.
 
     Args:
         path: the folder.
@@ -61,8 +61,7 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict[str, Any], rank: int) -> None:
         self.path, self.rank = path, rank
         self._answers = path / ANSWERS
-        self._part, self._bad = self._answers / f"part-{rank:05d}.jsonl", self._answers / f"bad-{rank:05d}"
-        self._file: Any = None
+        self._journal = Journal(self._answers, rank)
         self._declared = self._check(settings)
         self.settings = self._declared or settings
 
@@ -76,29 +75,22 @@ class RunFolder:
 
         What a kill left of a last line is cut off. No process may work before all have come here.
         """
-        self._answers.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             remove_parts(self.path)
             if self._declared is None:
                 document = json.dumps(self.settings, indent=2, ensure_ascii=False).encode() + b"\n"
                 write_atomically(self.path / SETTINGS, document)
-            for path in self._answers.glob("bad-*"):  # also of processes there are no more
-                if int(path.name[4:]) >= num_processes:
-                    path.unlink()
-        self._bad.write_bytes(b"")
-        cut_torn_line(self._part)
-        self._file = self._part.open("ab")
+        self._journal.open(num_processes)
         return self.attempts()
 
     def close(self) -> None:
         """Close this process's file."""
-        if self._file is not None:
-            self._file.close()
+        self._journal.close()
 
     def drop_counts(self) -> None:
         """Take away the counts of bad videos, which are in the records once those are written."""
-        for path in self._answers.glob("bad-*"):
-            path.unlink(missing_ok=True)
+        self._journal.drop_counts()
 
     def append(self, group: int, condition: str, attempt: Attempt) -> None:
         """Bring a unit, the answers of `condition` in `attempt`, to the disk."""
@@ -110,16 +102,11 @@ class RunFolder:
             "partners": attempt.partners,
             "answers": attempt.answers[condition],
         }
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._journal.append(record)
 
     def count_bad(self, more: int) -> int:
         """Note that this process met so many more bad videos; return how many all processes of this run have met."""
-        if more:
-            with self._bad.open("ab") as file:  # a byte each: their sizes are the count
-                file.write(b"x" * more)
-        return sum(path.stat().st_size for path in self._answers.glob("bad-*"))
+        return self._journal.count_bad(more)
 
     def attempts(self) -> dict[int, Attempt]:
         """The last attempt at each group, from the complete lines of all processes, also of those of earlier starts.
@@ -128,23 +115,21 @@ class RunFolder:
             EvaluationError: a line is damaged.
         """
         found: dict[int, Attempt] = {}
-        for path in sorted(self._answers.glob("part-*.jsonl")):
-            data = path.read_bytes()
-            for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-                try:
-                    record = json.loads(line)
-                    group, attempt = record["group"], record["attempt"]
-                    last = found.get(group)
-                    if last is None or last.number < attempt:
-                        errors, partners = _by_sample(record["errors"]), _by_sample(record["partners"])
-                        last = found[group] = Attempt(attempt, errors, partners)
-                    if last.number == attempt:
-                        last.answers[record["condition"]] = _by_sample(record["answers"])
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise EvaluationError(
-                        f"{path}, line {number} is damaged ({type(error).__name__}: {error}). Remove that line and "
-                        "start again: what it held is answered again."
-                    ) from error
+        for path, number, line in self._journal.lines():
+            try:
+                record = json.loads(line)
+                group, attempt = record["group"], record["attempt"]
+                last = found.get(group)
+                if last is None or last.number < attempt:
+                    errors, partners = _by_sample(record["errors"]), _by_sample(record["partners"])
+                    last = found[group] = Attempt(attempt, errors, partners)
+                if last.number == attempt:
+                    last.answers[record["condition"]] = _by_sample(record["answers"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise EvaluationError(
+                    f"{path}, line {number} is damaged ({type(error).__name__}: {error}). Remove that line and "
+                    "start again: what it held is answered again."
+                ) from error
         return found
 
     def complete(self, num_groups: int, conditions: Sequence[str]) -> dict[int, Attempt]:
@@ -167,9 +152,8 @@ class RunFolder:
         """What an earlier start declared; refused if it was anything else."""
         there = read_settings(self.path)
         if there is None:
-            # other processes may be making empty files at this moment
-            parts = [path for path in self._answers.glob("part-*") if path.stat().st_size]
-            for found in [path for path in (self.path / RECORDS, *parts[:1]) if path.exists()]:
+            records = self.path / RECORDS
+            if found := records if records.exists() else self._journal.written():
                 raise EvaluationError(
                     f"{found} is there but no {SETTINGS} beside it, so what made it is not known. Name another folder."
                 )

@@ -19,6 +19,7 @@ from .. import __version__
 from ..data.errors import DatasetError
 from ..data.files import remove_parts, write_atomically
 from ..data.forms import video_key
+from ..data.journal import Journal
 from .teacher_logits import NAMES, LogitsWriter
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class TeachSummary:
 class TeachFolder:
     """The output folder as one process sees it.
 
-    Each process appends to a file of its own, a line for each unit of work; nothing is shared while work goes on. A
-    unit's line names the attempt, since a unit with skipped rows is done again once their videos can be read.
+    Its `Journal` gets a line for each unit of work, which names the attempt, since a unit with skipped rows is done
+    again once their videos can be read.
 
     Args:
         path: the folder.
@@ -77,11 +78,9 @@ class TeachFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any], rank: int) -> None:
         self.path, self.settings, self.rank = path, settings, rank
-        self.manifest = path / MANIFEST
+        self.manifest, self._parts = path / MANIFEST, path / PARTS
+        self._journal = Journal(self._parts, rank)
         self._state = self._check()
-        self._parts = path / PARTS
-        self._part, self._bad = self._parts / f"part-{rank:05d}.jsonl", self._parts / f"bad-{rank:05d}"
-        self._file: Any = None
 
     @property
     def finished(self) -> bool:
@@ -93,41 +92,25 @@ class TeachFolder:
 
         What a kill left of a last line is cut off. No process may work before all have come here.
         """
-        self._parts.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
-            if not self._state:
-                self._save_state(None)
-            for path in self._parts.glob("bad-*"):  # also of processes there are no more
-                if int(path.name[4:]) >= num_processes:
-                    path.unlink()
-        self._bad.write_bytes(b"")
-        if self._part.exists():
-            data = self._part.read_bytes()
-            complete = data.rfind(b"\n") + 1
-            if complete < len(data):
-                os.truncate(self._part, complete)
-        self._file = self._part.open("ab")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0 and not self._state:
+            self._save_state(None)
+        self._journal.open(num_processes)
         return self._units()
 
     def close(self) -> None:
         """Close this process's file."""
-        if self._file is not None:
-            self._file.close()
+        self._journal.close()
 
     def append(self, record: dict[str, Any], targets: Mapping[str, Tensor] | None) -> None:
         """Bring a unit to the disk: its logits first, then its line."""
         if targets is not None:
             write_atomically(self._logits_of(record), save(dict(targets)))
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._journal.append(record)
 
     def count_bad(self, more: int) -> int:
         """Note that this process met so many more bad videos; return how many all processes of this run have met."""
-        if more:
-            with self._bad.open("ab") as file:  # a byte each: their sizes are the count
-                file.write(b"x" * more)
-        return sum(path.stat().st_size for path in self._parts.glob("bad-*"))
+        return self._journal.count_bad(more)
 
     def first_error(self, rows: Dataset) -> str:
         """The first row that was skipped, and why."""
@@ -197,9 +180,7 @@ class TeachFolder:
         """What an earlier run left of itself; refused if it is of another one."""
         file = self.path / STATE
         if not file.exists():
-            # other processes may be making empty parts at this moment
-            parts = [path for path in (self.path / PARTS).glob("part-*") if path.stat().st_size]
-            for found in [path for path in (self.manifest, *parts[:1]) if path.exists()]:
+            if found := self.manifest if self.manifest.exists() else self._journal.written():
                 raise DatasetError(
                     f"{found} is there but no {STATE} beside it, so what made it is not known. Name another folder."
                 )
@@ -223,12 +204,10 @@ class TeachFolder:
     def _units(self) -> dict[int, dict[str, Any]]:
         """The last attempt at each unit, from the complete lines of all processes, also of those of earlier runs."""
         units: dict[int, dict[str, Any]] = {}
-        for path in sorted(self._parts.glob("part-*.jsonl")):
-            data = path.read_bytes()
-            for line in data[: data.rfind(b"\n") + 1].splitlines():
-                record = json.loads(line)
-                if record["unit"] not in units or units[record["unit"]]["attempt"] < record["attempt"]:
-                    units[record["unit"]] = record
+        for _, _, line in self._journal.lines():
+            record = json.loads(line)
+            if record["unit"] not in units or units[record["unit"]]["attempt"] < record["attempt"]:
+                units[record["unit"]] = record
         return units
 
     def _logits_of(self, record: Mapping[str, Any]) -> Path:
