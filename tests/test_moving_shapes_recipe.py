@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,41 @@ def test_tiles_are_the_processors(modules, tokenizer):
     theirs = processor.encode_video(processor.load_video(picture, longest_edge=128), image_splitting=True)
     ours = train_vlm.tiles(torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1)
     torch.testing.assert_close(ours[:4], theirs["pixel_values"][0, :4], rtol=0, atol=1e-6)  # the last is shrunk
+
+
+def test_two_processes_take_the_step_of_both_batches(modules, tokenizer, tmp_path, monkeypatch):
+    small_vlm, train_vlm = modules[1:3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+    command += [str(RECIPE / "train_vlm.py"), "-o", str(tmp_path), "--validation", "0", "--workers", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--steps", "2", "--tokens", "900"], check=True, env=environment, capture_output=True)
+    data, device = modules[0].ShapesBatches(tokenizer, tokens=900), torch.device("cpu")
+    alone = train_vlm.VlmTrainer(small_vlm.build_vlm(tokenizer), steps=2, learning_rate=5e-4, world=2)
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda _: alone.loss(data[alone.batches + 1], device).backward()
+    )
+    for _ in range(2):
+        alone.train_step(data[alone.batches], device)
+    together = load_file(tmp_path / "state.safetensors")
+    assert together["step"] == 2 and together["batches"] == 4
+    for name, value in alone.model.state_dict().items():
+        torch.testing.assert_close(together[f"model.{name}"], value, rtol=0, atol=2e-6)
+
+
+def test_compiled_layers_take_the_same_step_in_every_form(modules, tokenizer):
+    small_vlm, train_vlm = modules[1:3]
+    data, device = modules[0].ShapesBatches(tokenizer, tokens=900), torch.device("cpu")
+    eager, compiled = (
+        train_vlm.VlmTrainer(small_vlm.build_vlm(tokenizer), 10, 1e-3, backend=backend)
+        for backend in (None, "eager")
+    )
+    batches = [
+        next(data[i] for i in range(0, 100, 2) if (data[i]["form"].num_frames == 12) is usual)
+        for usual in (True, False)
+    ]
+    for batch in batches * 2:
+        torch.testing.assert_close(compiled.train_step(batch, device), eager.train_step(batch, device))
+        torch.testing.assert_close(compiled.norm, eager.norm)
 
 
 def test_every_stage_runs_and_goes_on(modules, tmp_path, monkeypatch):

@@ -121,7 +121,8 @@ class ShapesBatches(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         draw = random.Random(f"{self.seed}/{self.split}/{number}")
-        form = draw_form(draw) if self.varied else Form()
+        # of one form by twos, so that of two processes none waits for the longer prefix of the other
+        form = draw_form(random.Random(f"{self.seed}/{self.split}/form/{number // 2}")) if self.varied else Form()
         prefix = self.prefixes(form)
         length = padded_length(len(prefix))
         clips = max(1, self.tokens // length)

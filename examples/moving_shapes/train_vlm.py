@@ -1,6 +1,7 @@
 """Moving shapes, stage 1: train the small SmolVLM from scratch until it answers with the clip in its context.
 
-    python train_vlm.py -o runs/vlm --steps 9000 --minutes 9
+    python train_vlm.py -o runs/vlm --steps 8000 --minutes 9
+    torchrun --nproc-per-node 2 train_vlm.py -o runs/vlm --steps 6000 --minutes 9    (on two GPUs)
 
 Run it again to go on: it stops after `--minutes` with its state written, and the schedule counts steps, so pieces
 make the same model as one long run. The folder `-o` holds the model and its processor in the ordinary form.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import IGNORE, Form, ShapesBatches
+from batches import FRAMES, IGNORE, Form, ShapesBatches
 from safetensors.torch import load_file, save_file
 from small_vlm import PIXELS, build_processor, build_tokenizer, build_vlm
 from torch import Tensor
@@ -30,73 +31,117 @@ from video2lora.data.moving_shapes import draw, sample_times, vocabulary_texts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
-    parser.add_argument("--tokens", type=int, default=144_000, help="tokens a batch")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--validation", type=int, default=1024, help="clips")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    started = time.monotonic()
+    options = parse()
+    rank, world, device = start_processes()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(options.output)
-    trainer = VlmTrainer(build_vlm(tokenizer, options.seed).to(device), options.steps, options.learning_rate)
+    tokenizer = load_tokenizer(options.output, rank)
+    model = build_vlm(tokenizer, options.seed).to(device)
+    trainer = VlmTrainer(
+        model, options.steps, options.learning_rate, world, backend="inductor" if device.type == "cuda" else None
+    )
     state = options.output / "state.safetensors"
     if state.exists():
         trainer.load_tensors(load_file(state, device=str(device)))
-    data = ShapesBatches(tokenizer, tokens=options.tokens, seed=options.seed)
-    loader = DataLoader(
-        data,
-        sampler=range(trainer.step, options.steps),
-        batch_size=None,
-        num_workers=options.workers,
-        prefetch_factor=4 if options.workers else None,
-        pin_memory=device.type == "cuda",
-    )
-    clips, shown, since = 0, [], time.monotonic()
-    for batch in loader:
-        shown.append(trainer.train_step(batch, device))
-        clips += len(batch["tokens"])
-        if trainer.step % 200 == 0:
-            loss = torch.stack(shown).nanmean().item()
-            spent = time.monotonic() - since
-            speed = f"{200 / spent:.1f} steps/s {clips / spent:.0f} clips/s"
-            print(f"step {trainer.step} loss {loss:.4f} norm {trainer.norm.item():.2f} {speed}", flush=True)
-            clips, shown, since = 0, [], time.monotonic()
-        if time.monotonic() - started > 60 * options.minutes:
-            break
-    save(trainer, tokenizer, options.output, state)
-    if options.validation:
-        rows = validate(trainer, tokenizer, options.validation, device)
-        print(json.dumps(rows, indent=1))
-        log = {"step": trainer.step, "exact_match": rows}
-        with open(options.output / "validation.jsonl", "a") as file:
-            file.write(json.dumps(log) + "\n")
+    train(trainer, make_loader(options, tokenizer, trainer, rank), options, device, rank)
+    if rank == 0:
+        save(trainer, tokenizer, options.output, state)
+        if options.validation:
+            rows = validate(trainer, tokenizer, options.validation, device)
+            print(json.dumps(rows, indent=1))
+            with open(options.output / "validation.jsonl", "a") as file:
+                file.write(json.dumps({"step": trainer.step, "exact_match": rows}) + "\n")
+    sys.stdout.flush()
+    if world > 1:
+        torch.distributed.barrier()
     if options.workers:
-        sys.stdout.flush()
         os._exit(0)  # workers still hold batches drawn ahead
 
 
-def load_tokenizer(output: Path) -> PreTrainedTokenizerFast:
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
+    parser.add_argument("--tokens", type=int, default=144_000, help="tokens a batch of one process")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="of each process")
+    parser.add_argument("--validation", type=int, default=1024, help="clips")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """This process's rank, the number of processes, and its device; torchrun starts several."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def make_loader(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, trainer: VlmTrainer, rank: int
+) -> DataLoader:
+    """Batches that no step has seen yet: every process takes each `world`-th."""
+    rest = (options.steps - trainer.step) * trainer.world
+    return DataLoader(
+        ShapesBatches(tokenizer, tokens=options.tokens, seed=options.seed),
+        sampler=range(trainer.batches + rank, trainer.batches + rest, trainer.world),
+        batch_size=None,
+        num_workers=options.workers,
+        prefetch_factor=4 if options.workers else None,
+        pin_memory=trainer.gradients.is_cuda,
+    )
+
+
+def train(
+    trainer: VlmTrainer, loader: DataLoader, options: argparse.Namespace, device: torch.device, rank: int
+) -> None:
+    """Take steps until they are done or the time is over, and stop a run that has gone astray."""
+    started = since = time.monotonic()
+    clips, shown, lowest = 0, [], float("inf")
+    for batch in loader:
+        shown.append(trainer.train_step(batch, device))
+        clips += len(batch["tokens"]) * trainer.world
+        if trainer.step % 200 == 0:
+            loss = torch.stack(shown).nanmean().item()
+            spent = time.monotonic() - since
+            if rank == 0:
+                speed = f"{len(shown) / spent:.1f} steps/s {clips / spent:.0f} clips/s"
+                print(f"step {trainer.step} loss {loss:.4f} norm {trainer.norm.item():.2f} {speed}", flush=True)
+            if not loss < 2 * lowest:
+                raise SystemExit(f"diverged: loss {loss:.4f} after {lowest:.4f}; try a lower --learning-rate.")
+            lowest, clips, shown, since = min(lowest, loss), 0, [], time.monotonic()
+        if trainer.step % (1 if trainer.world == 1 else 20) == 0:
+            over = time.monotonic() - started > 60 * options.minutes
+            if trainer.world > 1:  # all stop at the same step
+                said = torch.tensor(over, device=device)
+                torch.distributed.broadcast(said, 0)
+                over = bool(said)
+            if over:
+                break
+
+
+def load_tokenizer(output: Path, rank: int = 0) -> PreTrainedTokenizerFast:
     """The run's own tokenizer; trained at the first start."""
-    if (output / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(output)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(vocabulary_texts())
-    build_processor(tokenizer).save_pretrained(output)
-    return tokenizer
+    if rank == 0 and not (output / "tokenizer.json").exists():
+        output.mkdir(parents=True, exist_ok=True)
+        build_processor(build_tokenizer(vocabulary_texts())).save_pretrained(output)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return PreTrainedTokenizerFast.from_pretrained(output)
 
 
 class VlmTrainer:
     """The model, its optimiser, and a step over a batch of clips with many questions each."""
 
-    def __init__(self, model: Any, steps: int, learning_rate: float) -> None:
-        self.model, self.steps, self.learning_rate = model.train(), steps, learning_rate
-        self.step, self.norm = 0, torch.zeros(())
+    def __init__(
+        self, model: Any, steps: int, learning_rate: float, world: int = 1, backend: str | None = None
+    ) -> None:
+        self.model, self.steps, self.learning_rate, self.world = model.train(), steps, learning_rate, world
+        self.step, self.batches, self.norm = 0, 0, torch.zeros(())
         for name, parameter in model.named_parameters():
             if name.endswith("k_proj.bias"):
                 # softmax does not see it: its gradient is rounding noise, which Adam would take for full steps
@@ -105,8 +150,15 @@ class VlmTrainer:
         decayed = [p for p in trained if p.dim() > 1]
         plain = [p for p in trained if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-        fused = next(model.parameters()).is_cuda
+        fused = trained[0].is_cuda
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=fused)
+        # all gradients are views of one tensor: one collective, one norm
+        self.gradients = torch.zeros(sum(p.numel() for p in trained), device=trained[0].device)
+        for p, part in zip(trained, self.gradients.split([p.numel() for p in trained]), strict=True):
+            p.grad = part.view_as(p)
+        if backend:
+            for layer in (*model.model.text_model.layers, *model.model.vision_model.encoder.layers):
+                layer.compile(backend=backend, dynamic=False)
 
     def rate(self) -> float:
         """Warm-up over 500 steps, then constant, then falling to nothing over the last third."""
@@ -117,24 +169,37 @@ class VlmTrainer:
         """One step; returns the loss, which is not a number where the step was left out."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
+        loss = self.loss(batch, device)
+        loss.backward()
+        if self.world > 1:
+            torch.distributed.all_reduce(self.gradients)
+            self.gradients.div_(self.world)
+        self.norm = self.gradients.norm()
+        # a step that went wrong adds nothing, without asking the device
+        scale = torch.where(self.norm.isfinite(), self.norm.clamp_min(1.0).reciprocal(), 0.0)
+        self.gradients.nan_to_num_(0.0, 0.0, 0.0).mul_(scale)
+        self.optimizer.step()
+        self.gradients.zero_()
+        self.step += 1
+        self.batches += self.world
+        return loss.detach()
+
+    def loss(self, batch: dict[str, Any], device: torch.device) -> Tensor:
+        """Mean over answers; long ones count more than short ones, but not by their length."""
         logits, labels = self.label_logits(batch, device)
         losses = cross_entropy(logits.float(), labels[labels != IGNORE], reduction="none")
-        # long answers count more than short ones, but not by their length
         lengths = answer_lengths(labels)
-        loss = (losses / lengths.sqrt()).sum() / (1 / lengths).sum()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-        self.norm, finite = norm, torch.isfinite(norm)
-        for p in self.model.parameters():  # a step that went wrong changes nothing, without asking the device
-            if p.grad is not None:
-                p.grad.nan_to_num_(0.0, 0.0, 0.0).mul_(finite)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss.detach()
+        return (losses / lengths.sqrt()).sum() / (1 / lengths).sum()
 
     def label_logits(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
         """Logits of the tokens that predict labelled ones, and the labels `[clips, tokens]`."""
+        form = batch["form"]
+        # the usual shape is compiled; it would take longer for all the others than they save
+        usual = self.model.training and form.num_frames == FRAMES and form.longest_edge is None
+        with torch.compiler.set_stance("default" if usual else "force_eager"):
+            return self._label_logits(batch, device)
+
+    def _label_logits(self, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
         moved = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
         prefix, tokens = moved["prefix"], moved["tokens"]
         clips, start = len(tokens), len(prefix)
@@ -169,10 +234,11 @@ class VlmTrainer:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        return {name: value.contiguous() for name, value in tensors.items()} | {"step": torch.tensor(self.step)}
+        counts = {"step": torch.tensor(self.step), "batches": torch.tensor(self.batches)}
+        return {name: value.contiguous() for name, value in tensors.items()} | counts
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.step = int(tensors.pop("step"))
+        self.step, self.batches = int(tensors.pop("step")), int(tensors.pop("batches"))
         model = {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
         self.model.load_state_dict(model)
         state: dict[int, dict[str, Tensor]] = {}
