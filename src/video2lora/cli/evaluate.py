@@ -13,6 +13,7 @@ import typer
 from ._errors import EXPECTED_ERROR, CommandError, about
 from ._options import Device, Dtype, Json, torch_device, torch_dtype
 from ._output import note, print_fields, print_json, print_table
+from ._processes import process_state
 
 if TYPE_CHECKING:
     from ..evaluation.benchmarks import Benchmark
@@ -112,10 +113,9 @@ def evaluate(
         raise CommandError(f"--output {output} is a file: name the folder of the run.")
     from ..data.errors import DatasetError
     from ..evaluation.records import EvaluationError
-    from .teach import _state
 
     asked = {"split": split, "tasks": _names(tasks), "num_samples": _count(num_samples), "num_frames": num_frames}
-    state = _state(device)
+    state = process_state(device)
     try:
         _check_judge(judge, judge_url)
         with state.main_process_first():

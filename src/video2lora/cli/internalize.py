@@ -15,6 +15,7 @@ import typer
 from ._errors import CommandError
 from ._options import Device, Dtype, DtypeOption, Json, Layout, LayoutOption, Output, Overwrite, torch_dtype
 from ._output import check_output, directory_bytes, human_bytes, print_fields, print_json, print_table, progress
+from ._processes import process_state
 
 if TYPE_CHECKING:
     from ..adapters import VideoAdapter
@@ -142,10 +143,8 @@ def _internalize_bulk(
     options: dict[str, Any],
 ) -> None:
     """A bulk run, as one process of those that were launched."""
-    from accelerate.utils import parse_flag_from_env
-
     from ..data import DatasetError
-    from ..pipelines.bulk import distributed_state, internalize_many
+    from ..pipelines.bulk import internalize_many
     from ..pipelines.bulk_folder import check_folder
     from ..pipelines.bulk_videos import kind_of
     from ..video.sampling import check_request
@@ -159,11 +158,7 @@ def _internalize_bulk(
         for video in videos:
             if kind_of(video) == "rows" and not Path(video).is_file():
                 raise CommandError(f"{video}: there is no such file.")
-        state = distributed_state(device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
-        if state.num_processes > 1 and device not in (None, "cpu"):
-            raise CommandError(
-                f"--device {device} with {state.num_processes} processes: each takes its own, leave it out."
-            )
+        state = process_state(device)
         pipeline = load_pipeline(model, revision=revision, device=device or str(state.device))
         found = {"dtype": torch_dtype(dtype), "store": _store(store), "shard": shard}
         summary = internalize_many(pipeline, videos, output, **found, **options)

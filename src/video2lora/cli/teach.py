@@ -11,10 +11,9 @@ import typer
 from ._errors import CommandError, about
 from ._options import Device, Dtype, Json, Output, torch_device, torch_dtype
 from ._output import note, print_fields, print_json
+from ._processes import process_state
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
-
     from ..trainer.teacher import TeachSummary
 
 
@@ -58,7 +57,7 @@ def teach(
     from ..data import DatasetError
     from ..trainer.teacher import teach as run
 
-    state = _state(device)
+    state = process_state(device)
     try:
         with about(rows):
             dataset = _load(rows, split, video_root, limit)
@@ -86,24 +85,6 @@ def teach(
     if state.is_main_process:
         _show(summary, base, json)
     state.destroy_process_group()
-
-
-def _state(device: str | None) -> PartialState:
-    """This process's place in the launch, and its device.
-
-    Raises:
-        CommandError: one device was named for several processes.
-    """
-    from accelerate.utils import parse_flag_from_env
-
-    from ..trainer.teacher import distributed_state
-
-    state = distributed_state(device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if state.num_processes > 1 and device not in (None, "cpu"):
-        raise CommandError(
-            f"--device {device} with {state.num_processes} processes: each takes its own, leave it out."
-        )
-    return state
 
 
 def _load(rows: str, split: str | None, video_root: Path | None, limit: int | None) -> Any:
