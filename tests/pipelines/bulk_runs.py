@@ -1,0 +1,67 @@
+"""What the tests of bulk runs share: a launched process, and how the folder that a run leaves is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from video2lora.pipelines.bulk import BulkSummary
+
+SIZES = {"rank": 4, "latent_size": 16, "num_latents": 4, "num_blocks": 2, "num_frames": 3, "longest_edge": 64}
+OPTIONS: dict[str, Any] = {"batch_size": 2, "num_workers": 2}
+NAMES = ("c", "d", "e", "f", "a/clip", "b/clip", "b/long")  # in the order they are listed
+
+RUN = """
+import os, resource, signal, sys
+import torch
+from transformers import pipeline
+import video2lora
+from video2lora import VideoAdapter
+from video2lora.pipelines.bulk import internalize_many
+torch.set_num_threads(1)
+model, videos, output, saves, limit = sys.argv[1:]
+save, left = VideoAdapter.save_pretrained, int(saves)
+def dying(self, *args, **kwargs):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(self, *args, **kwargs)
+VideoAdapter.save_pretrained = dying
+pipe = pipeline("video-to-lora", model=model, device="cpu")
+if int(limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+print(internalize_many(pipe, videos, output, batch_size=2, num_workers=2))
+torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+"""
+
+
+def index_of(folder: Path) -> list[dict[str, Any]]:
+    return lines_of(folder / "index.jsonl")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves but its journal, which holds times."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("journal")}
+
+
+def counts_of(summary: BulkSummary) -> tuple[int, int, int, int]:
+    assert summary.num_made + summary.num_from_store + summary.num_found + summary.num_skipped == summary.num_videos
+    return summary.num_made, summary.num_from_store, summary.num_found, summary.num_skipped
+
+
+def run_process(
+    model: Path, videos: Path, output: Path, *, saves: int = 10**6, limit: int = 0, launch: Any = ("-c", RUN)
+) -> Any:
+    command = [sys.executable, *launch, str(model), str(videos), str(output), str(saves), str(limit)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
