@@ -298,3 +298,9 @@ def test_arguments_of_construction_are_defaults_of_calls(directory, clips):
 def test_no_frames_in_memory(pipe):
     with pytest.raises(VideoError):
         pipe(np.zeros((0, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("given", [{}, {"device": "cpu"}, {"revision": "main"}])
+def test_without_a_model_it_says_what_to_pass(given):
+    with pytest.raises(ValueError, match="has no default model.*pass model=.*from_vlm"):
+        pipeline("video-to-lora", **given)
