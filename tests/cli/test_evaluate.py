@@ -19,6 +19,10 @@ from video2lora.evaluation.records import TIMES, read_run
 from video2lora.evaluation.report_document import without_times
 from video2lora.testing import tiny_clip
 
+from ..evaluation.judge_server import Server, server
+
+__all__ = ["server"]
+
 SLOW = """
 import time
 from _video2lora_cli import main
@@ -297,3 +301,36 @@ def test_a_judge_that_cannot_be_reached_loses_no_answer(
     again = run(*arguments)
     assert again.exit_code == 0 and "no score in judge" not in again.stdout
     assert read_run(tmp_path / "run").scores("judge", "video").count(0.5) == 6
+
+
+def test_replies_that_cannot_be_read_are_asked_for_again_and_by_the_next_start(
+    run: Callable[..., Any],
+    model_dir: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("video2lora.evaluation.judge.cached_assets_path", lambda *_, **__: tmp_path / "cache")
+    arguments = ["evaluate", model_dir, "-b", rows_file, *SETTINGS, "--max-bad-fraction", 0.5, "-o", tmp_path / "run"]
+    arguments += ["--conditions", "video,no_adapter", "--judge", "grader", "--judge-url", server.url]
+    server.respond = lambda data, number: "I would say four."
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "no score in judge" in done.stdout and "the same command tries again" in done.stdout
+    asked = {answer: server.answers.count(answer) for answer in server.answers}
+    assert len(asked) > 1 and all(count % 3 == 0 for count in asked.values())  # three times for each question
+    told = [request["messages"][-1]["content"] for request in server.requests]
+    assert sum("last reply could not be used" in text for text in told) == len(told) * 2 // 3
+
+    left = len(server.requests)
+    server.respond = lambda data, number: "Four again." if (number - left) % 2 == 0 else 4
+    create = Judge.__init__
+    monkeypatch.setattr(Judge, "__init__", lambda self, *a, **k: create(self, *a, **k, max_concurrency=1))
+    again = run(*arguments)
+    assert again.exit_code == 0 and "no score in judge" not in again.stdout
+    assert len(server.requests) - left == left * 2 // 3  # two for each, the second of which is read
+    scores = read_run(tmp_path / "run").scores("judge", "video")
+    assert scores.count(0.8) == 6 and scores.count(None) == 1  # the video that cannot be read
+    left = len(server.requests)
+    assert run(*arguments).exit_code == 0 and len(server.requests) == left  # nothing is paid for twice

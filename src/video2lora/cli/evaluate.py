@@ -267,7 +267,8 @@ def _judge_kind(asked: JudgeKind | None, benchmark: Benchmark) -> str:
 def _judge(model: str, url: str | None, kind: str) -> Judge:
     from ..evaluation.judge import Judge
 
-    return Judge(model, base_url=url, api_key=os.environ.get(JUDGE_KEY), kind=kind)
+    # what an earlier start could not read counts as open: the same command tries again, as it says
+    return Judge(model, base_url=url, api_key=os.environ.get(JUDGE_KEY), kind=kind, retry_failed=True)
 
 
 def _say_what_it_takes(judge: Judge, benchmark: Benchmark, max_new_tokens: int, num_conditions: int) -> None:
