@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ._terminal import printable
+
 EXPECTED_ERROR = 2
 """Exit code where the input was wrong, as for a wrong option; a bug exits with 1, Ctrl-C with 130."""
 
@@ -56,7 +58,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if debug or not is_expected(error):
                 raise
-            typer.echo(f"error: {one_line(error)}", err=True)
+            typer.echo(f"error: {printable(one_line(error))}", err=True)
             raise typer.Exit(EXPECTED_ERROR) from None
 
     # typer keeps the line breaks of all but the first paragraph
@@ -98,7 +100,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning):
-            typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+            typer.echo(f"warning: {printable(' '.join(str(message).split()))}", err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from ._errors import CommandError
+from ._terminal import printable
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -32,7 +33,8 @@ def note(message: str) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Print a table: drawn on a terminal, plain aligned columns elsewhere; numbers stand to the right."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
+    title = None if title is None else printable(title)
     right = [bool(cells) and all(_is_number(row[i]) for row in cells if row[i]) for i in range(len(columns))]
     if sys.stdout.isatty():
         from rich.box import SIMPLE_HEAD

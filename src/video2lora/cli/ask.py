@@ -12,6 +12,7 @@ import typer
 from ._errors import CommandError
 from ._options import Device, Json
 from ._output import print_json
+from ._terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +57,8 @@ def ask(
         if json:
             continue
         if several:
-            typer.echo(f"> {question}")
-        typer.echo(answer["answer"])
+            typer.echo(printable(f"> {question}"))
+        typer.echo(printable(answer["answer"]))
     if json:
         print_json({"adapter": adapter, "base": base_name, "visual_tokens_in_context": 0, "answers": answers})
 

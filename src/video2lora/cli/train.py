@@ -12,6 +12,7 @@ import typer
 
 from ._errors import CommandError, about
 from ._output import note, print_fields
+from ._terminal import printable
 
 if TYPE_CHECKING:
     from ..trainer import Video2LoraTrainer, Video2LoraTrainingArguments
@@ -126,7 +127,7 @@ def _check(run: RunFile, args: Video2LoraTrainingArguments) -> None:
         with about(str(source)):
             report = check_rows(source, split=split, video_root=run.data.get("video_root"), num_workers=workers)
         if report.problems:
-            typer.echo(f"{source}: {report}", err=True)
+            typer.echo(printable(f"{source}: {report}"), err=True)
         lost = {problem.row for problem in report.errors if problem.kind in LEFT_OUT}
         fatal = {problem.row for problem in report.errors if problem.kind not in LEFT_OUT}
         if fatal or len(lost) > args.max_bad_fraction * report.num_rows:
