@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import warnings
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .base import BaseModelError, check_same_base, load_base, resolve_commit
 from .configuration import Video2LoraConfig
+from .hashing import HashedTensors
 from .hypernetwork import Hypernetwork
 from .published import read_published_checkpoint
 from .targets import LoraTargets, resolve_targets
@@ -53,7 +53,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["hypernetwork"]
     checkpoint_commit: str | None = None
     """Commit of the Hub repository the hypernetwork was loaded from."""
-    _hashed: dict[str, tuple[list[tuple[int, int | None]], str]] | None = None
+    _hashed: dict[str, HashedTensors | None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,6 +218,8 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
     def hypernetwork_identity(self) -> dict[str, str | None]:
         """What identifies the hypernetwork's weights: the commit they were loaded from, or a hash of them.
 
+        The commit is believed until `train()` is called.
+
         Returns:
             `hypernetwork_revision` (a commit hash of the Hub) and `hypernetwork_sha256` (where there is no commit).
         """
@@ -227,6 +229,9 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
 
     def base_identity(self) -> dict[str, str | None]:
         """What identifies the base's weights: its name and the commit they are pinned to, or a hash of them.
+
+        A commit is believed: what was written into the base's weights after loading does not change it. Change them
+        in a copy of your own, saved and loaded from its directory, which is identified by its hash.
 
         Returns:
             `base_model`, and `base_revision` (a commit hash of the Hub) or `base_sha256` (where there is none).
@@ -238,18 +243,13 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         return identity | {"base_sha256": self._hash_of("vlm")}
 
     def _hash_of(self, part: str) -> str:
-        """SHA-256 of a part's tensors; gigabytes, so anew only when a tensor was replaced or written to."""
-        tensors = sorted(self.get_submodule(part).state_dict().items())
-        state = [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in tensors]
+        """SHA-256 of a part's tensors; they are gigabytes, so anew only when they may have changed."""
+        tensors = dict(sorted(self.get_submodule(part).state_dict(keep_vars=True).items()))
         known = self._hashed = self._hashed or {}
         hashed = known.get(part)
-        if hashed is None or hashed[0] != state:
-            digest = sha256()
-            for name, tensor in tensors:
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            hashed = known[part] = state, digest.hexdigest()
-        return hashed[1]
+        if hashed is None or not hashed.is_of(tensors):
+            hashed = known[part] = HashedTensors(tensors)
+        return hashed.digest
 
     def save_pretrained(  # type: ignore[override]
         self,
