@@ -107,7 +107,8 @@ def internalize_many(
     which videos share a batch depends on the list and `batch_size` alone. An adapter is not made again if its video
     has the size and time it had (else its bytes are hashed, and count), the settings are the same, and its files are
     as they were left. Another video under an old name is internalized anew, and what was made of the old one stays on
-    disk, without a line in the index. A URL is taken to hold what it held. Skipped videos are tried again.
+    disk, without a line in the index. A URL is taken to hold what it held; another folder reads it again, and `store`
+    finds it by its bytes. Skipped videos are tried again.
 
     Launched with accelerate or torchrun, each process takes the next batch when it is through with one.
 
