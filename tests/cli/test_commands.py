@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, pipeline
+from transformers import pipeline
 
 from video2lora import Video2LoraModel, Video2LoraProcessor, VideoAdapter
 from video2lora.testing import save_tiny_vlm
@@ -199,33 +198,6 @@ def test_env_names_the_libraries(run: Run) -> None:
     assert document["offline"] is True
     assert "libavcodec" in document["ffmpeg"]
     assert "transformers" in run("env").stdout
-
-
-def test_demo_keeps_an_adapter_that_peft_loads(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    result = run("demo", "-o", out, "--question", QUESTION, "--json", "--max-new-tokens", 16)
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
-    assert document["visual_tokens"]["before"] == 4 * document["frames"] > document["visual_tokens"]["now"] == 0
-    assert document["context_tokens"]["before"] > document["context_tokens"]["now"] > 0
-    (answer,) = document["answers"]
-    assert answer["adapter"] != answer["neither"]
-    base = AutoModelForImageTextToText.from_pretrained(out / "base")
-    assert PeftModel.from_pretrained(base, str(out / "adapter")).peft_config["default"].r == document["adapter_rank"]
-    asked = run("ask", out / "adapter", QUESTION, "--max-new-tokens", 16, "--json")
-    assert json.loads(asked.stdout)["answers"][0]["answer"] == answer["adapter"]
-
-
-def test_demo_takes_a_video_and_a_model_and_says_what_is_noise(
-    run: Run, clip: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("video2lora.cli.demo.REPEATS", 1)
-    given = run("demo", clip, "-m", model_dir, "--max-new-tokens", 2)
-    assert given.exit_code == 0, given.stderr
-    assert clip.name in given.stdout and "noise" not in given.stdout
-    assert "time to first token" in given.stdout
-    monkeypatch.setattr("video2lora.cli.demo._trained_example", lambda: None)
-    assert "the answers are noise" in run("demo", clip, "--max-new-tokens", 2).stdout
 
 
 def test_import_checkpoint_never_deletes_what_is_not_a_checkpoint(run: Run, tmp_path: Path) -> None:
