@@ -13,6 +13,7 @@ import torch
 from transformers import pipeline
 
 from video2lora import Video2LoraModel, Video2LoraProcessor, VideoAdapter
+from video2lora.cli._terminal import printable
 from video2lora.testing import save_tiny_vlm
 
 from ..modeling.published_files import random_draft
@@ -90,7 +91,7 @@ def test_ask_answers_as_the_model_in_memory_does(run: Run, model_dir: Path, adap
     assert document["visual_tokens_in_context"] == 0
     assert document["answers"][0]["answer"] == expected
     assert document["answers"][0]["context_tokens"] == inputs["input_ids"].shape[1]
-    assert run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout == expected + "\n"
+    assert run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout == printable(expected) + "\n"
 
 
 def test_ask_takes_the_text_layout_and_another_place_of_the_base(
