@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.models.smolvlm import modeling_smolvlm, processing_smolvlm  # noqa: F401 - loaded before forking
 
+from video2lora.data import load_rows
 from video2lora.modeling import Video2LoraModel
 from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
 
@@ -183,9 +184,35 @@ def run_two(output: Path, base: str, rows: list, broken: str) -> None:
         base, output / "eval", None, eval_rows=[*rows[:5], bad[0], rows[5]], per_device_eval_batch_size=2
     )
     results["eval"] = trainer.evaluate()["eval_loss"]
+    results["streams"] = _evaluate_streams(base, output, [*rows[:5], bad[0], *rows[5:]])
     rank = os.environ["RANK"]
     (output / f"results-{rank}.json").write_text(json.dumps(results))
     save_file(tensors, output / f"weights-{rank}.safetensors")
+
+
+def _evaluate_streams(base: str, output: Path, rows: list) -> dict[str, Any]:
+    """Of each number of shards and workers: the loss, and the ids of the rows that this process collated."""
+    found: dict[str, Any] = {}
+    for shards, workers in ((1, 0), (4, 0), (3, 2)):
+        settings = {"per_device_eval_batch_size": 2, "dataloader_num_workers": workers}
+        stream = load_rows(rows).to_iterable_dataset(num_shards=shards)
+        trainer = make_trainer(
+            base, output / "stream", None, eval_rows={"all": stream, "few": stream.take(1)}, **settings
+        )
+        seen: list[str] = []
+        take = trainer.prediction_step
+
+        def spying(model: Any, inputs: Any, *args: Any, take: Any = take, seen: Any = seen, **kwargs: Any) -> Any:
+            seen += [row for row, number in inputs["query_ids"] if number == 0 and row]  # "" is a dummy's
+            seen += [message.partition(":")[0] for message in inputs["skipped"]]
+            return take(model, inputs, *args, **kwargs)
+
+        trainer.prediction_step = spying
+        metrics = trainer.evaluate()
+        passed = trainer.evaluate(stream)["eval_loss"], trainer.predict(stream).metrics["test_loss"]
+        losses = [metrics["eval_all_loss"], *passed]
+        found[f"{shards} {workers}"] = {"losses": losses, "few": metrics["eval_few_loss"], "seen": seen}
+    return found
 
 
 def _fsdp_on_a_cpu() -> None:

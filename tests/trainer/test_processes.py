@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,21 @@ def test_rows_repeated_to_fill_the_last_batch_count_once_in_the_evaluation(two, 
     trainer = make_trainer(tiny_vlm_dir, tmp_path, None, eval_rows=rows[:6])
     expected = trainer.evaluate()["eval_loss"]
     assert [result["eval"] for result in two[0]] == pytest.approx([expected] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("dealt", ["1 0", "4 0", "3 2"])
+def test_a_stream_is_evaluated_row_by_row_once(dealt, two, tiny_vlm_dir, rows, tmp_path):
+    """In one shard, in shards of unequal length, and in more workers than shards of a process."""
+    trainer = make_trainer(tiny_vlm_dir, tmp_path, None, eval_rows=rows)
+    expected, few = trainer.evaluate()["eval_loss"], trainer.evaluate(rows[:1])["eval_loss"]
+    results = [result["streams"][dealt] for result in two[0]]
+    for result in results:
+        assert result["losses"] == pytest.approx([expected] * 3, rel=1e-6)
+        assert result["few"] == pytest.approx(few, rel=1e-6)
+    seen = Counter(results[0]["seen"] + results[1]["seen"])
+    names = [row["id"] for row in rows] + ["bad-0"]
+    assert seen == Counter(names * 3 + names[:1])  # three times the whole stream, and once its first row
+    assert 8 <= len(results[0]["seen"]) <= 20  # both had something to do
 
 
 resumes_on_cpu = pytest.mark.skipif(

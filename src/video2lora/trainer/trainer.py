@@ -38,6 +38,7 @@ from .checkpoints import (
 from .collator import Video2LoraCollator
 from .losses import kl_per_token, kl_top_k_per_token, mean_per_query
 from .sharding import check_same_sharding, load_sharded, save_optimizer, shard_hypernetwork_alone
+from .streams import EvenStream, SkipFillers
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +84,7 @@ class Video2LoraTrainer(Trainer):
             num_frames_range=args.num_frames_range,
             **options,
         )
-        self.eval_collator = Video2LoraCollator(self.processor, training=False, **options)
+        self.eval_collator = SkipFillers(Video2LoraCollator(self.processor, training=False, **options))
         self.teacher = _open_teacher(args.teacher)
         if args.n_gpu > 1:
             logger.warning(f"training on one of {args.n_gpu} GPUs: start with `accelerate launch` to use all of them.")
@@ -112,22 +113,31 @@ class Video2LoraTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As the parent's, with all queries and whole videos."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = _as_rows(eval_dataset)
+            eval_dataset = self._evenly(_as_rows(eval_dataset))
         with self._evaluation_batches():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As the parent's, with all queries and whole videos."""
         with self._evaluation_batches():
-            return super().get_test_dataloader(_as_rows(test_dataset))
+            return super().get_test_dataloader(self._evenly(_as_rows(test_dataset)))
 
     @contextmanager
     def _evaluation_batches(self) -> Iterator[None]:
         training, self.data_collator = self.data_collator, self.eval_collator
+        given, self.eval_dataset = self.eval_dataset, self._evenly(self.eval_dataset)
         try:
             yield
         finally:
-            self.data_collator = training
+            self.data_collator, self.eval_dataset = training, given
+
+    def _evenly(self, dataset: Any) -> Any:
+        """The dataset, or each of several; streams such that they give every process as many batches."""
+        if isinstance(dataset, dict):
+            return {name: self._evenly(part) for name, part in dataset.items()}
+        if self.args.world_size == 1 or not isinstance(dataset, TorchIterableDataset):
+            return dataset
+        return EvenStream(dataset, self.args.eval_batch_size * self.args.world_size)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Queries with weight in all batches of a global step, over all processes.
@@ -189,7 +199,7 @@ class Video2LoraTrainer(Trainer):
             return losses
         if outputs.teacher_logits is not None:
             divergence = kl_per_token(outputs.label_logits, outputs.teacher_logits, args.kl_temperature)
-        elif len(inputs["skipped"]) == inputs["num_videos"]:  # nothing is stored for a dummy
+        elif not inputs["query_weights"].any():  # nothing is stored for a dummy
             return losses
         else:
             divergence = kl_top_k_per_token(outputs.label_logits, **self._stored_targets(inputs))
