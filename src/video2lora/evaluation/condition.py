@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -169,6 +170,7 @@ class Condition(ABC):
         prompts: Sequence[Sequence[str]],
         decoding: Decoding,
         adapters: Sequence[LoraWeights] | None = None,
+        expected: Sequence[Sequence[float]] | None = None,
     ) -> list[list[Reply]]:
         """Answer text without a video in the context.
 
@@ -176,22 +178,23 @@ class Condition(ABC):
             prompts: for each sample.
             decoding: batches go across samples.
             adapters: one for each sample; the base by itself without.
+            expected: for each sample, how long the answers will be (`expected_lengths`): long ones share batches.
         """
-        flat = [(place, prompt) for place, several in enumerate(prompts) for prompt in several]
-        replies: list[list[Reply]] = [[] for _ in prompts]
+        flat = longest_first(prompts, expected)
+        replies: dict[tuple[int, int], Reply] = {}
         for begin in range(0, len(flat), decoding.batch_size):
-            rows = flat[begin : begin + decoding.batch_size]
-            inputs = dict(self.processor(text=[prompt for _, prompt in rows]))
+            rows = sorted(flat[begin : begin + decoding.batch_size])
+            inputs = dict(self.processor(text=[prompts[place][number] for place, number in rows]))
             options: dict[str, Any] = {}
             if adapters is not None:
-                places = sorted({place for place, _ in rows})
-                options["adapters"] = stack_lora([adapters[place] for place in places])
-                options["queries_per_adapter"] = [sum(place == other for other, _ in rows) for place in places]
+                queries = Counter(place for place, _ in rows)  # in the order of the rows, by place
+                options["adapters"] = stack_lora([adapters[place] for place in queries])
+                options["queries_per_adapter"] = list(queries.values())
             generated, seconds = self.generate(inputs, decoding.max_new_tokens, **options)
             lengths = inputs["attention_mask"].sum(1).tolist()
-            for (place, _), token_ids, length in zip(rows, generated, lengths, strict=True):
-                replies[place].append(Reply(token_ids, length, 0, seconds / len(rows)))
-        return replies
+            for row, token_ids, length in zip(rows, generated, lengths, strict=True):
+                replies[row] = Reply(token_ids, length, 0, seconds / len(rows))
+        return [[replies[place, number] for number in range(len(several))] for place, several in enumerate(prompts)]
 
     def read(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """The text of generated tokens, and whether they end the turn."""
@@ -228,6 +231,29 @@ class Condition(ABC):
                     )
                 )
         return answers
+
+
+def expected_lengths(batch: Sequence[PreparedSample]) -> list[list[float]]:
+    """How long the answer to each question of each sample is likely to be: as the references of its task, on average.
+
+    In characters, of the longest reference; 0 where a task has none.
+    """
+    found: dict[str, list[int]] = {}
+    for question in (question for prepared in batch for question in prepared.sample.questions):
+        found.setdefault(question.task, []).append(max(map(len, question.references), default=0))
+    means = {task: sum(lengths) / len(lengths) for task, lengths in found.items()}
+    return [[means[question.task] for question in prepared.sample.questions] for prepared in batch]
+
+
+def longest_first(
+    prompts: Sequence[Sequence[str]], expected: Sequence[Sequence[float]] | None = None
+) -> list[tuple[int, int]]:
+    """Places of all prompts (sample, number), those with the longest expected answers first, else in order.
+
+    A batch goes on until its last answer ends. Cut in this order, few batches have long answers to wait for.
+    """
+    rows = [(place, number) for place, several in enumerate(prompts) for number in range(len(several))]
+    return rows if expected is None else sorted(rows, key=lambda row: -expected[row[0]][row[1]])
 
 
 def batches_of(lengths: Sequence[int], batch_size: int) -> Iterator[slice]:

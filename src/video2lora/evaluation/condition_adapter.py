@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
-from .condition import Condition, Decoding, PreparedSample, batches_of
+from .condition import Condition, Decoding, PreparedSample, batches_of, expected_lengths
 from .samples import Answer
 
 
@@ -19,7 +19,9 @@ class NoAdapterCondition(Condition):
     name = "no_adapter"
 
     def answer(self, batch: Sequence[PreparedSample], decoding: Decoding) -> list[list[Answer]]:
-        replies = self.reply_to_text([prepared.prompts for prepared in batch], decoding)
+        replies = self.reply_to_text(
+            [prepared.prompts for prepared in batch], decoding, expected=expected_lengths(batch)
+        )
         return self.make_answers(replies, [0] * len(batch), [0.0] * len(batch))
 
 
@@ -80,7 +82,8 @@ class AdapterCondition(Internalizing):
     def answer(self, batch: Sequence[PreparedSample], decoding: Decoding) -> list[list[Answer]]:
         parts = [self._parts(prepared) for prepared in batch]
         adapters, seconds = self.internalize([[turn for _, turn in several] for several in parts], decoding.batch_size)
-        replies = self.reply_to_text([prepared.prompts for prepared in batch], decoding, adapters)
+        prompts = [prepared.prompts for prepared in batch]
+        replies = self.reply_to_text(prompts, decoding, adapters, expected_lengths(batch))
         num_frames = [sum(frames for frames, _ in several) for several in parts]
         return self.make_answers(replies, num_frames, [seconds / len(batch)] * len(batch))
 
@@ -111,7 +114,8 @@ class OtherAdapterCondition(Internalizing):
         videos = {partner.sample.id: [partner.internalization] for partner in partners}
         adapters, seconds = self.internalize([videos[sample_id] for sample_id in places], decoding.batch_size)
         own = [adapters[places[partner.sample.id]] for partner in partners]
-        replies = self.reply_to_text([prepared.prompts for prepared in batch], decoding, own)
+        prompts = [prepared.prompts for prepared in batch]
+        replies = self.reply_to_text(prompts, decoding, own, expected_lengths(batch))
         num_frames = [partner.num_frames for partner in partners]
         extras = [partner.sample.id for partner in partners]
         return self.make_answers(replies, num_frames, [seconds / len(batch)] * len(batch), extras)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor
 from ..modeling.processor import IGNORE_INDEX
-from .condition import Decoding, PreparedSample
+from .condition import Decoding, PreparedSample, expected_lengths
 from .condition_adapter import Internalizing
 from .condition_video import VideoInContext
 from .samples import Answer, Sample
@@ -92,7 +92,8 @@ class FineTunedCondition(VideoInContext, Internalizing):
             adapters.append(adapter)
             seconds.append(self.now() - start)
             extras.append(json.dumps({"losses": losses}))
-        replies = self.reply_to_text([prepared.prompts for prepared in batch], decoding, adapters)
+        prompts = [prepared.prompts for prepared in batch]
+        replies = self.reply_to_text(prompts, decoding, adapters, expected_lengths(batch))
         return self.make_answers(replies, [prepared.num_frames for prepared in batch], seconds, extras)
 
     def fine_tune(self, prepared: PreparedSample, decoding: Decoding) -> tuple[LoraWeights, list[float]]:

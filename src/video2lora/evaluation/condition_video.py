@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..modeling import Video2LoraModel, Video2LoraProcessor
 from ..modeling.vision import are_frames, embed_frames
-from .condition import Condition, Decoding, PreparedSample, Reply, batches_of
+from .condition import Condition, Decoding, PreparedSample, Reply, batches_of, expected_lengths, longest_first
 from .prepare import encode_turns
 from .samples import Answer, Sample
 
@@ -71,33 +71,40 @@ class VideoInContext(Condition):
 
     @torch.no_grad()
     def reply_with_video(
-        self, batch: Sequence[PreparedSample], prompts: Sequence[Sequence[str]], max_new_tokens: int, batch_size: int
+        self,
+        batch: Sequence[PreparedSample],
+        prompts: Sequence[Sequence[str]],
+        max_new_tokens: int,
+        batch_size: int,
+        expected: Sequence[Sequence[float]] | None = None,
     ) -> tuple[list[list[Reply]], list[float]]:
-        """Answer each sample's prompts with its video in the context.
+        """Answer each sample's prompts with its video in the context; `expected` as in `reply_to_text`.
 
         Returns:
             Replies by sample, and the seconds each video's vision tower took (0 where it runs with each prompt).
         """
-        turns = [turn for item, several in zip(batch, prompts, strict=True) for turn in self.turns(item, several)]
-        owners = [place for place, several in enumerate(prompts) for _ in several]
-        replies: list[list[Reply]] = [[] for _ in batch]
+        turns = [self.turns(item, several) for item, several in zip(batch, prompts, strict=True)]
+        flat = longest_first(prompts, expected)
+        replies: dict[tuple[int, int], Reply] = {}
         features: dict[int, Tensor | None] = {}
         seconds_of = [0.0] * len(batch)
-        for rows in batches_of([turn["input_ids"].shape[1] for turn in turns], batch_size):
-            features = {place: tokens for place, tokens in features.items() if place in owners[rows]}
-            for place in dict.fromkeys(owners[rows]):
+        for part in batches_of([turns[place][number]["input_ids"].shape[1] for place, number in flat], batch_size):
+            rows, waiting = sorted(flat[part]), {place for place, _ in flat[part.start :]}
+            features = {place: tokens for place, tokens in features.items() if place in waiting}
+            for place in dict.fromkeys(place for place, _ in rows):
                 if place not in features:
                     features[place], seconds_of[place] = self.embed_video(batch[place])
             start = self.now()
-            inputs = self.join(turns[rows], [features[place] for place in owners[rows]])
+            own = [turns[place][number] for place, number in rows]
+            inputs = self.join(own, [features[place] for place, _ in rows])
             joining = self.now() - start
             generated, seconds = self.generate(inputs, max_new_tokens)
             share = (joining + seconds) / len(generated)
-            for place, turn, token_ids in zip(owners[rows], turns[rows], generated, strict=True):
+            for row, turn, token_ids in zip(rows, own, generated, strict=True):
                 ids = turn["input_ids"]
-                visual = self.processor.count_visual_tokens(ids)
-                replies[place].append(Reply(token_ids, ids.shape[1], visual, share))
-        return replies, seconds_of
+                replies[row] = Reply(token_ids, ids.shape[1], self.processor.count_visual_tokens(ids), share)
+        answered = [[replies[place, n] for n in range(len(several))] for place, several in enumerate(prompts)]
+        return answered, seconds_of
 
 
 class VideoCondition(VideoInContext):
@@ -113,7 +120,9 @@ class VideoCondition(VideoInContext):
 
     def answer(self, batch: Sequence[PreparedSample], decoding: Decoding) -> list[list[Answer]]:
         prompts = [prepared.prompts for prepared in batch]
-        replies, seconds = self.reply_with_video(batch, prompts, decoding.max_new_tokens, decoding.batch_size)
+        replies, seconds = self.reply_with_video(
+            batch, prompts, decoding.max_new_tokens, decoding.batch_size, expected_lengths(batch)
+        )
         return self.make_answers(replies, [prepared.num_frames for prepared in batch], seconds)
 
 
@@ -154,7 +163,7 @@ class CaptionCondition(VideoInContext):
             [CAPTION_TEMPLATE.format(caption=caption, prompt=prompt) for prompt in prepared.prompts]
             for caption, prepared in zip(captions, batch, strict=True)
         ]
-        replies = self.reply_to_text(prompts, decoding)
+        replies = self.reply_to_text(prompts, decoding, expected=expected_lengths(batch))
         return self.make_answers(replies, [prepared.num_frames for prepared in batch], seconds, captions)
 
     def _plain(self, caption: str) -> str:
