@@ -1,71 +1,72 @@
 """Moving shapes, stage 3: answer held-out questions in every condition, and write down what came out.
 
-    python prove.py run CHECKPOINT -o runs/proof --only main frames_4   (all runs by default; goes on where it stopped)
-    python prove.py report runs/proof -o results.md
+    python prove.py run CHECKPOINT -o runs/proof                      (killed and started again, it goes on)
+    python prove.py run CHECKPOINT -o runs/proof --only main frames_4 --processes 12
+    python prove.py report runs/proof -o results.md [--captions-only runs/proof_captions_only]
 
-What is run, on how many clips, and within which margin, stands in `RUNS`, before any run.
+What is run, on how many clips, and within which margins, stands in proof_runs.py; `run` writes it into the folder
+before the first answer. Runs are cut into shards, which processes take one by one, those that take longest first;
+several processes share a GPU, since one keeps neither a GPU nor the cores busy.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import write_results
-from small_vlm import build_processor
-from torch import Tensor
+from proof_runs import (
+    ALPHA,
+    ENOUGH,
+    KEPT,
+    LEARNT,
+    LOSS,
+    MARGIN,
+    METRICS,
+    QUESTIONS,
+    RUNS,
+    Run,
+    benchmark_of,
+    make_condition,
+    processor_of,
+)
 
-from video2lora import Video2LoraModel, Video2LoraProcessor
-from video2lora.data.moving_shapes import MovingShapes, Query, Scene, make_queries, questions_across
-from video2lora.data.moving_shapes.dataset import SceneClip, question_fields
-from video2lora.evaluation.benchmarks import BENCHMARKS, Benchmark, load_benchmark
-from video2lora.evaluation.conditions import CONDITIONS, Condition, Decoding
+from video2lora import Video2LoraModel
+from video2lora.data.files import write_atomically
+from video2lora.evaluation.conditions import Decoding
 from video2lora.evaluation.runner import evaluate_model
-from video2lora.evaluation.samples import Question, Sample
 
-MARGIN = 0.02  # of exact match
-CLIPS = 4000  # of which about 2,100 have an order question, and all others more
-METRICS = ("exact_match", "repetition", "empty", "unended")
-BOTH = ("video", "adapter")
+DECLARED = "proof.json"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One evaluation.
+class Job:
+    """A shard of a run: what a process takes at a time."""
 
-    Attributes:
-        split: of the benchmark.
-        num_frames: sampled of each clip.
-        conditions: names of `conditions`.
-        clips: how many.
-        clip_frames: of a clip, where it has to have more than are sampled.
-        across: order questions whose two events lie in different ones of so many segments, and no others.
-        longest_edge: give the frames as pictures of this size, cut into tiles of 64.
-    """
+    name: str
+    run: Run
+    clips: range
+    output: Path
 
-    split: str = "test"
-    num_frames: int = 12
-    conditions: tuple[str, ...] = BOTH
-    clips: int = CLIPS
-    clip_frames: int | None = None
-    across: int | None = None
-    longest_edge: int | None = None
+    @classmethod
+    def all_of(cls, name: str, run: Run, folder: Path) -> list[Job]:
+        """The shards of a run, each with a folder of its own."""
+        return [cls(name, run, clips, folder / name / f"clips_{clips.start:05d}") for clips in run.shards]
 
-
-SEGMENTS = ("adapter", "adapter_2_segments", "adapter_4_segments", "adapter_8_segments", "adapter_segment_1_of_2")
-RUNS: dict[str, Run] = {
-    "main": Run(conditions=("video", "adapter", "no_adapter", "other_adapter", "caption")),
-    "phrasings": Run("phrasings"),
-    "combinations": Run("combinations"),
-    **{f"frames_{n}": Run(num_frames=n) for n in (4, 8, 24, 48, 96, 256, 1024)},
-    **{f"pixels_{n}": Run(longest_edge=n) for n in (32, 64, 128, 256)},
-    "composition": Run(conditions=("video", *SEGMENTS), clip_frames=96),
-    **{f"across_{n}": Run(conditions=("video", *SEGMENTS), clip_frames=96, across=n) for n in (2, 4, 8)},
-}
+    @property
+    def finished(self) -> bool:
+        return (self.output / "records.parquet").exists()
 
 
 def main() -> None:
@@ -75,98 +76,135 @@ def main() -> None:
     run.add_argument("checkpoint")
     run.add_argument("-o", "--output", type=Path, required=True)
     run.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
-    run.add_argument("--clips", type=int, help="another number of clips than declared: for trying out")
-    run.add_argument("--batch-size", type=int, default=512, help="questions answered together")
-    run.add_argument("--workers", type=int, default=8)
+    run.add_argument("--clips", type=int, help="at most so many a run instead of those declared: for trying out")
+    run.add_argument("--processes", type=int, default=default_processes(), help="spread over the GPUs there are")
     report = commands.add_parser("report")
     report.add_argument("runs", type=Path)
     report.add_argument("-o", "--output", type=Path, default=Path("results.md"))
+    report.add_argument("--captions-only", type=Path, help="the folder of a hypernetwork trained on captions only")
     options = parser.parse_args()
     if options.command == "report":
-        write_results(options.runs, RUNS, MARGIN, options.output)
+        from results import write_results
+
+        write_results(options.runs, options.output, options.captions_only)
         return
-    model = load(options.checkpoint)
-    for name in options.only:
-        declared = RUNS[name] if options.clips is None else replace(RUNS[name], clips=options.clips)
-        answer(model, options.checkpoint, declared, options.output / name, options.batch_size, options.workers)
+    runs = declare(options.output, options.clips)
+    jobs = [job for name in options.only for job in Job.all_of(name, runs[name], options.output)]
+    prove(options.checkpoint, jobs, options.processes)
 
 
-def load(checkpoint: str) -> Video2LoraModel:
-    """The trained model, in bfloat16 where there is a GPU."""
+def default_processes() -> int:
+    """Three for four cores where there is a GPU: each draws and encodes its own clips. One on a CPU alone."""
+    return max(1, 3 * len(os.sched_getaffinity(0)) // 4) if torch.cuda.is_available() else 1
+
+
+def declare(folder: Path, clips: int | None) -> dict[str, Run]:
+    """Write down what is going to be run, unless that was done; what was declared stays.
+
+    Raises:
+        SystemExit: something else was declared in this folder.
+    """
+    runs = RUNS if clips is None else {name: replace(run, clips=min(clips, run.clips)) for name, run in RUNS.items()}
+    limits = {"margin": MARGIN, "loss": LOSS, "kept": KEPT, "learnt": LEARNT, "enough": ENOUGH, "alpha": ALPHA}
+    declared: dict[str, Any] = json.loads(json.dumps(limits | {"runs": {n: asdict(run) for n, run in runs.items()}}))
+    file = folder / DECLARED
+    if file.exists():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if {name: there.get(name) for name in declared} != declared:
+            raise SystemExit(f"{file} declares other runs or margins, and they stay: name another folder.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        date = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        write_atomically(file, json.dumps(date | declared, indent=1).encode() + b"\n")
+    return runs
+
+
+def read_declared(folder: Path) -> tuple[dict[str, Any], dict[str, Run]]:
+    """What a folder declares, and its runs."""
+    declared = json.loads((folder / DECLARED).read_text(encoding="utf-8"))
+    runs = {name: Run(**run | {"conditions": tuple(run["conditions"])}) for name, run in declared["runs"].items()}
+    return declared, runs
+
+
+def prove(checkpoint: str, jobs: list[Job], processes: int) -> None:
+    """Do the jobs that are not done, in this process or in several; those that take longest first.
+
+    Raises:
+        RuntimeError: a process died; what is done is kept.
+    """
+    left = sorted((job for job in jobs if not job.finished), key=lambda job: -job.run.cost(job.clips))
+    started, processes = time.monotonic(), min(processes, len(left))
+    print(f"{len(left)} of {len(jobs)} shards to do, {processes} processes", flush=True)
+
+    def tell(number: int, job: Job, seconds: float) -> None:
+        spent = time.monotonic() - started
+        print(f"{number}/{len(left)} {job.name} {job.clips.start} {seconds:.1f} s, {spent:.0f} s in all", flush=True)
+
+    if processes <= 1:
+        if left:
+            begin(checkpoint, 0)
+        for number, job in enumerate(left, start=1):
+            tell(number, job, answer(job))
+        return
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    context = multiprocessing.get_context("spawn")
+    arguments = (checkpoint, None, context.Value("i", 0))
+    with ProcessPoolExecutor(processes, context, begin, arguments) as pool:
+        waiting = {pool.submit(answer, job): job for job in left}
+        try:
+            for number, future in enumerate(as_completed(waiting), start=1):
+                tell(number, waiting[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_worker: dict[str, Any] = {}  # of this process: its model and where that is from
+
+
+def begin(checkpoint: str, rank: int | None, ranks: Any = None) -> None:
+    """Make a process ready: its share of the GPUs, one thread, the model."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if ranks is not None:
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+        torch.set_num_threads(1)
+        with ranks.get_lock():
+            rank, ranks.value = ranks.value, ranks.value + 1
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device((rank or 0) % torch.cuda.device_count())
     model = Video2LoraModel.from_pretrained(checkpoint, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    return model.to("cuda" if on_gpu else "cpu").eval()
+    _worker.update(checkpoint=checkpoint, model=model.to("cuda" if on_gpu else "cpu").eval())
 
 
-def answer(model: Video2LoraModel, checkpoint: str, run: Run, output: Path, batch_size: int, workers: int) -> None:
-    """Do one run; its folder has the records and `run.json`."""
-    processor = Video2LoraProcessor.from_pretrained(checkpoint)
-    processor.num_frames = run.num_frames
-    if run.longest_edge is not None:
-        processor = PicturesProcessor.of(processor, run.longest_edge)
+def _die_with_parent() -> None:
+    """A killed parent's processes would go on writing into folders in which another start works."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def answer(job: Job) -> float:
+    """Do a shard; its folder gets the records and `run.json`. Returns seconds."""
+    started, run, model = time.monotonic(), job.run, _worker["model"]
+    processor = processor_of(_worker["checkpoint"], run)
     evaluate_model(
         model,
         processor,
-        benchmark_of(run),
+        benchmark_of(run, job.clips),
         [make_condition(name, model, processor) for name in run.conditions],
-        output,
-        decoding=Decoding(max_new_tokens=96, batch_size=batch_size),
+        job.output,
+        decoding=Decoding(max_new_tokens=96, batch_size=QUESTIONS * run.group),
         metrics=METRICS,
         margins={"exact_match": MARGIN},
-        num_workers=workers,
+        alpha=ALPHA,
+        num_workers=1,
     )
-
-
-def make_condition(name: str, model: Video2LoraModel, processor: Video2LoraProcessor) -> Condition:
-    """A condition by the name that it has in the records."""
-    if name == "caption":
-        return CONDITIONS[name](model, processor, prompt="describe the video.", max_new_tokens=96)
-    if name.endswith("_segments"):
-        return CONDITIONS["adapter"](model, processor, segments=int(name.split("_")[1]))
-    if name.startswith("adapter_segment_"):
-        part, parts = name.removeprefix("adapter_segment_").split("_of_")
-        return CONDITIONS["adapter"](model, processor, segments=int(parts), keep_segments=[int(part) - 1])
-    return CONDITIONS[name](model, processor)
-
-
-def benchmark_of(run: Run) -> Benchmark:
-    """The clips and questions of a run."""
-    if run.across is None and run.longest_edge is None:
-        frames = run.clip_frames or run.num_frames
-        return load_benchmark("moving_shapes", split=run.split, num_samples=run.clips, num_frames=frames)
-    spec = BENCHMARKS["moving_shapes"]
-    samples = []
-    pixels, length = run.longest_edge or 64, run.clip_frames or 12
-    for scene, queries in clips_of(run):
-        questions = tuple(Question(**question_fields(scene, i, query)) for i, query in enumerate(queries))
-        samples.append(Sample(scene.id, SceneClip(scene, length, pixels), questions))
-        if len(samples) == run.clips:
-            break
-    number = sum(len(sample.questions) for sample in samples)
-    return Benchmark(spec, tuple(samples), run.split, spec.seed, number)
-
-
-def clips_of(run: Run) -> Iterator[tuple[Scene, list[Query]]]:
-    """Test scenes with what is asked about them, without end."""
-    shapes = MovingShapes("test", 10**9, seed=BENCHMARKS["moving_shapes"].seed)
-    for index in range(10**9):
-        scene = shapes.scene(index)
-        queries = make_queries(scene) if run.across is None else questions_across(scene, run.across)[:1]
-        if queries:
-            yield scene, queries
-
-
-class PicturesProcessor(Video2LoraProcessor):
-    """Gives frames as pictures that are cut into tiles, instead of as a video of one tile a frame."""
-
-    @classmethod
-    def of(cls, processor: Video2LoraProcessor, longest_edge: int) -> PicturesProcessor:
-        """The same processor for pictures of `longest_edge` pixels."""
-        settings = {name: getattr(processor, name) for name in ("num_frames", "internalization_prompt")}
-        return cls(build_processor(processor.tokenizer, longest_edge), longest_edge=longest_edge, **settings)
-
-    def encode_video(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return super().encode_video(*args, **kwargs | {"image_splitting": True})
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # several processes share the memory
+    return time.monotonic() - started
 
 
 if __name__ == "__main__":

@@ -1,186 +1,194 @@
-"""Moving shapes: results.md and its plots, from the records of the runs alone."""
+"""Moving shapes, stage 3: results.md and its plots, from what was declared and the records alone."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from proof_numbers import NOT_RUN, Claim, Numbers, read_runs
+from proof_plots import draw_bars, draw_composition, draw_sweep
+from proof_runs import SEGMENTS
+from results_main import (
+    against_section,
+    caption_claims,
+    captions_only_section,
+    control_claims,
+    inferiority_claim,
+    learnt_claim,
+    main_section,
+    wrong_answers,
+)
+from results_sweeps import (
+    composition_claims,
+    composition_kept,
+    composition_section,
+    degeneration_section,
+    loss_claims,
+    order_section,
+    sweep_section,
+)
+from results_text import table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from train_hypernetwork import HELD_OUT_TASKS  # noqa: E402
-
-from video2lora.data.moving_shapes import facts_right, make_scene  # noqa: E402
-from video2lora.evaluation.records import EvaluationRun, read_run  # noqa: E402
-from video2lora.evaluation.statistics import compare  # noqa: E402
-
-PRETTY = {"video": "video in context", "no_adapter": "no adapter", "other_adapter": "another video's adapter",
-          "caption": "own caption as text"}  # fmt: skip
+Section = tuple[list[Claim], list[str]]
+TRAINED_FRAMES = (4, 48)  # numbers of frames that the hypernetwork's training draws from
 
 
-def write_results(folder: Path, declared: Mapping[str, Any], margin: float, output: Path) -> None:
+def write_results(folder: Path, output: Path, captions_only: Path | None = None) -> None:
     """Write the page and the plots beside it, of the runs that are finished; what is missing is said."""
-    runs = {name: read_run(folder / name) for name in declared if (folder / name / "records.parquet").exists()}
-    missing = [name for name in declared if name not in runs]
-    parts = ["# Moving shapes: results", f"Margin, declared before the runs: {margin} of exact match; alpha 0.025."]
-    if missing:
-        parts.append(f"Not run yet: {', '.join(missing)}.")
-    if "main" in runs:
-        parts += main_section(runs["main"], margin)
-    for name, title in (("phrasings", "Phrasings never trained on"), ("combinations", "Pairs never trained on")):
-        if name in runs:
-            parts += [f"## {title}", against_table(runs[name], ["adapter"], margin)]
-    for prefix, title in (("frames_", "Frames"), ("pixels_", "Pixels of frames given as pictures")):
-        swept = {int(name.removeprefix(prefix)): run for name, run in runs.items() if name.startswith(prefix)}
-        if prefix == "frames_" and "main" in runs:
-            swept[12] = runs["main"]
-        if swept:
-            parts += sweep_section(title, dict(sorted(swept.items())), output.with_name(f"{prefix}accuracy.png"))
-    for name in ("composition", "across_2", "across_4", "across_8"):
-        if name in runs:
-            parts += composition_section(name, runs[name])
+    from prove import Job, read_declared
+
+    declared, wanted = read_declared(folder)
+    runs, missing = read_runs(folder, wanted, Job.all_of)
+    other: Numbers | None = None
+    if captions_only is not None:
+        found, _ = read_runs(captions_only, {"main": read_declared(captions_only)[1]["main"]}, Job.all_of)
+        other = found.get("main")
+        if other is None:
+            missing.append(f"main of {captions_only.name}")
+    claims, parts = [], []
+    for section in (_main, _unseen, _frames, _pixels, _composition):
+        more, text = section(runs, output)
+        claims += more
+        parts += text
+    if other is not None and "main" in runs:
+        parts += captions_only_section(runs["main"], other)
+    page = [*head(declared, claims, missing), *failing(claims, runs), *parts, *settings_section(runs)]
     part = output.with_suffix(".part")
-    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    part.write_text("\n\n".join(page) + "\n", encoding="utf-8")
     part.replace(output)
 
 
-def main_section(run: EvaluationRun, margin: float) -> list[str]:
-    """Every condition, by task, at the number of frames that was trained on."""
-    rows = []
-    for task in run.tasks:
-        accuracy = [f"{mean(run.scores('exact_match', condition, task)):.3f}" for condition in run.conditions]
-        told = f"{task} (never trained on)" if task in HELD_OUT_TASKS else task
-        chance = [f"{value:.3f}" for value in chances(run, task)]
-        rows.append([told, str(run.num_questions(task)), *accuracy, *chance])
-    header = ["task", "videos", *(PRETTY.get(name, name) for name in run.conditions), "prior", "agreement"]
-    facts = [[PRETTY.get(name, name), *(f"{v:.3f}" for v in caption_facts(run, name))] for name in run.conditions]
-    spoilt = [
-        [
-            PRETTY.get(name, name),
-            *(f"{mean(run.scores(metric, name)):.4f}" for metric in ("repetition", "empty", "unended")),
-        ]
-        for name in run.conditions
+def head(declared: dict[str, Any], claims: Sequence[Claim], missing: Sequence[str]) -> list[str]:
+    """The title, what was declared, and whether each claim holds."""
+    told = (
+        f"Declared on {declared['date'][:10]}, before the first answer: a difference of {declared['margin']} of exact "
+        f"match to the video in context does not matter; an adapter may lose {declared['loss']} from its accuracy at "
+        f"12 frames; a composed one keeps {declared['kept']:.0%} of the whole video's; the VLM itself answers "
+        f"{declared['learnt']:.0%}. Alpha {declared['alpha']} for each one-sided test, 95 % intervals, Holm's "
+        "correction where several tasks are claimed together. Answers are generated greedily and compared as a whole; "
+        "every clip is held out. Written by `python prove.py report` from the records of all answers."
+    )
+    rows = [[claim.what, claim.verdict, claim.told] for claim in claims]
+    parts = ["# Moving shapes: results", told, "## In short", table(["claim", "verdict", "numbers"], rows, 3)]
+    return [*parts, f"Not run, or not finished: {', '.join(missing)}."] if missing else parts
+
+
+def failing(claims: Sequence[Claim], runs: dict[str, Numbers]) -> list[str]:
+    """Every claim that does not hold, with its numbers, and some wrong answers."""
+    lines = []
+    for claim in claims:
+        if claim.holds is False or claim.failures:
+            but = ". It holds over all, but not of each:" if claim.holds else ""
+            lines += [f"- **{claim.what}**: {claim.told}{but}", *(f"  - {failure}" for failure in claim.failures)]
+    parts = ["## What fails", "\n".join(lines) if lines else "No declared claim fails on the runs that are finished."]
+    return parts + wrong_answers(runs["main"]) if "main" in runs else parts
+
+
+def _main(runs: dict[str, Numbers], output: Path) -> Section:
+    if "main" not in runs:
+        return [Claim("12 frames", None, NOT_RUN)], []
+    run, plot = runs["main"], output.with_name("main_accuracy.png")
+    draw_bars(run, plot)
+    claims = [
+        learnt_claim(run, "Video in context"),
+        inferiority_claim(run, "12 frames"),
+        *control_claims(run),
+        *caption_claims(run),
     ]
-    others = [name for name in run.conditions if name != "video"]
-    return [
-        "## 12 frames: exact match",
-        table(header, rows),
-        "Prior: how often the commonest answer is right. Agreement: how often the true answer of the video whose "
-        "adapter was put on, to its own question of the task, is the true answer here.",
-        "## Facts of captions: stated, true, and whole captions right",
-        table(["condition", "recall", "precision", "exact"], facts),
-        "## Against the video in context",
-        against_table(run, others, margin),
-        "## Degeneration",
-        table(["condition", "repeated 4-grams", "empty", "not ended"], spoilt),
-    ]
+    return claims, main_section(run, plot)
 
 
-def against_table(run: EvaluationRun, conditions: Sequence[str], margin: float) -> str:
-    """Paired differences to the video in context, with what they show."""
-    rows = []
-    for task in run.tasks:
-        for condition in conditions:
-            mine, theirs, clips = run.paired_scores("exact_match", condition, "video", task)
-            result = compare(mine, theirs, margin=margin, clusters=clips)
-            claims = [
-                claim
-                for claim, holds in (
-                    ("equivalent", result.equivalent),
-                    ("non-inferior", result.non_inferior),
-                    ("superior", result.superior),
-                )
-                if holds
-            ]
-            low, high = result.interval
-            effect = f"{result.effect:+.3f} [{low:+.3f}, {high:+.3f}]"
-            numbers = [f"{np.mean(theirs):.3f}", f"{np.mean(mine):.3f}", effect]
-            rows.append([task, PRETTY.get(condition, condition), *numbers, ", ".join(claims) or "-"])
-    return table(["task", "condition", "video", "condition's", "difference, 95 %", "shown"], rows)
+def _unseen(runs: dict[str, Numbers], output: Path) -> Section:
+    claims, parts = [], []
+    for name, title in (
+        ("phrasings", "Phrasings that the hypernetwork was never trained on"),
+        ("combinations", "Pairs of colour and shape that neither model was ever trained on"),
+    ):
+        if name not in runs:
+            claims.append(Claim(title, None, NOT_RUN))
+            continue
+        claims += [learnt_claim(runs[name], title), inferiority_claim(runs[name], title)]
+        parts += against_section(runs[name], title)
+    return claims, parts
 
 
-def sweep_section(title: str, runs: Mapping[int, EvaluationRun], plot: Path) -> list[str]:
-    """Accuracy of video and adapter against frames or pixels; questions that so many frames do not decide are out."""
-    tasks = list(dict.fromkeys(task for run in runs.values() for task in run.tasks))
-    rows = []
-    for task in tasks:
-        for condition in ("video", "adapter"):
-            values = [mean(run.scores("exact_match", condition, task)) for run in runs.values()]
-            shown = ["-" if np.isnan(value) else f"{value:.3f}" for value in values]
-            rows.append([task, PRETTY.get(condition, condition), *shown])
-    draw_sweep(title, runs, tasks, plot)
-    return [f"## {title}", table(["task", "condition", *map(str, runs)], rows), f"![{title}]({plot.name})"]
+def _sweep(
+    runs: dict[str, Numbers], prefix: str, title: str, told: str, output: Path, trained: Sequence[int]
+) -> Section:
+    swept = {int(name.removeprefix(prefix)): run for name, run in runs.items() if name.startswith(prefix)}
+    base = runs.get("main")
+    if base is None or not swept:
+        return [Claim(title, None, NOT_RUN)], []
+    if prefix == "frames_":
+        swept[12] = base
+    swept = dict(sorted(swept.items()))
+    plot = output.with_name(f"{prefix}accuracy.png")
+    draw_sweep(title.lower(), swept, trained, plot)
+    others = {number: run for number, run in swept.items() if run is not base}
+    return loss_claims(others, base, title), sweep_section(title, told, swept, base, plot)
 
 
-def draw_sweep(title: str, runs: Mapping[int, EvaluationRun], tasks: Sequence[str], plot: Path) -> None:
-    """A small plot a task."""
-    columns = 4
-    figure, axes = plt.subplots(-(-len(tasks) // columns), columns, figsize=(12, 8), sharex=True, sharey=True)
-    for task, axis in zip(tasks, axes.flat, strict=False):
-        for condition, style in (("video", "o--"), ("adapter", "s-")):
-            values = [mean(run.scores("exact_match", condition, task)) for run in runs.values()]
-            axis.plot(list(runs), values, style, label=PRETTY.get(condition, condition), markersize=4)
-        axis.set(title=task, xscale="log", ylim=(-0.02, 1.02))
-        axis.set_xticks(list(runs), labels=[str(number) for number in runs], fontsize=7)
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=8)
-    figure.supxlabel(title.lower())
-    figure.supylabel("exact match")
-    figure.tight_layout()
-    figure.savefig(plot, dpi=100, metadata={"Software": None})
-    plt.close(figure)
+def _frames(runs: dict[str, Numbers], output: Path) -> Section:
+    told = (
+        "Where fewer than 12 frames are sampled, some answers are not in them; `decided` counts only questions whose "
+        "answer every scene that fits the frames shares. Longer clips are the same 12 seconds shown in more frames. "
+        f"Shaded in the plot: {TRAINED_FRAMES[0]} to {TRAINED_FRAMES[1]} frames, which training draws from."
+    )
+    claims, parts = _sweep(runs, "frames_", "Frames", told, output, TRAINED_FRAMES)
+    swept = {run.run.num_frames: run for name, run in runs.items() if name.startswith("frames_") or name == "main"}
+    return claims, parts + (degeneration_section(dict(sorted(swept.items()))) if parts else [])
 
 
-def composition_section(name: str, run: EvaluationRun) -> list[str]:
-    """Composed adapters against the whole video's adapter."""
-    rows = []
-    for task in run.tasks:
-        whole = mean(run.scores("exact_match", "adapter", task))
-        row = [task, str(run.num_questions(task))]
-        for condition in run.conditions:
-            value = mean(run.scores("exact_match", condition, task))
-            kept = f" ({value / whole:.0%})" if condition.startswith("adapter_") and whole else ""
-            row.append(f"{value:.3f}{kept}")
-        rows.append(row)
-    what = "questions of all tasks" if name == "composition" else f"order across {name.split('_')[1]} segments"
-    names = [PRETTY.get(condition, condition.replace("_", " ")) for condition in run.conditions]
-    return [f"## Composition: {what}", table(["task", "videos", *names], rows)]
+def _pixels(runs: dict[str, Numbers], output: Path) -> Section:
+    told = (
+        "The path of pictures: each of 12 frames is given as a picture of so many pixels a side, which the processor "
+        "cuts into tiles of 64 (1, 1, 5 and 17 a frame). The video path, on which the hypernetwork is trained, brings "
+        "every frame to 64 pixels, so there is nothing to sweep on it. Losses are from the 12 frames of video."
+    )
+    return _sweep(runs, "pixels_", "Pixels of frames given as pictures", told, output, ())
 
 
-def chances(run: EvaluationRun, task: str) -> tuple[float, float]:
-    """What knowing nothing, and what knowing another video gives: the prior and the agreement."""
-    columns = (run.records[name].to_pylist() for name in ("condition", "task", "sample_id", "references", "extra"))
-    rows = [row for row in zip(*columns, strict=True) if row[0] == "other_adapter" and row[1] == task]
-    answers = {sample: references[0] for _, _, sample, references, _ in rows}
-    if not answers:
-        return float("nan"), float("nan")
-    prior = max(Counter(answers.values()).values()) / len(answers)
-    pairs = [(references[0], answers[partner]) for *_, references, partner in rows if partner in answers]
-    return prior, mean([float(mine == theirs) for mine, theirs in pairs])
+def _composition(runs: dict[str, Numbers], output: Path) -> Section:
+    claims, parts = [], []
+    names = ["composition", *(f"across_{n}" for n in SEGMENTS)]
+    found = {name: runs[name] for name in names if name in runs}
+    for name in names:
+        claims += composition_claims(found[name]) if name in found else [Claim(f"Composition: {name}", None, NOT_RUN)]
+    kept = {what: values for name, run in found.items() for what, values in composition_kept(run).items()}
+    if found:
+        parts.append("## Composition")
+        plot = output.with_name("composition.png")
+        joined: dict[str, dict[int, tuple[float, float, float]]] = {}
+        for (what, segments), values in kept.items():
+            joined.setdefault(what, {})[segments] = values
+        full = {what: values for what, values in joined.items() if set(values) == set(SEGMENTS)}
+        if full:
+            draw_composition(full, plot)
+            parts.append(f"![What composed adapters keep]({plot.name})")
+        for run in found.values():
+            parts += composition_section(run)
+        parts += order_section(found)
+    return claims, parts
 
 
-def caption_facts(run: EvaluationRun, condition: str) -> tuple[float, float, float]:
-    """Recall and precision of facts, and the share of whole captions right."""
-    names = ("condition", "task", "question_id", "answer")
-    scores = []
-    for name, task, question, said in zip(*(run.records[column].to_pylist() for column in names), strict=True):
-        if name == condition and task == "caption":
-            _, _, split, seed, number = question.split("/")[0].split("-")
-            scores.append(facts_right(said or "", make_scene(int(number), split, seed=int(seed))))
-    return tuple(mean([float(score[place]) for score in scores]) for place in range(3))  # type: ignore[return-value]
-
-
-def mean(values: Iterable[float | None]) -> float:
-    """Of the scores there are; not a number without any."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else float("nan")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def settings_section(runs: dict[str, Numbers]) -> list[str]:
+    """What was run, on how many clips, when and with what."""
+    rows, made = [], {}
+    for name, run in runs.items():
+        declared, environment = run.run, run.settings["environment"]
+        pixels = f"pictures of {declared.longest_edge}" if declared.longest_edge else "video, 64"
+        rows.append(
+            [name, declared.split, f"{declared.num_frames} of {declared.length}", pixels, f"{run.num_clips:,}",
+             f"{len(run.asked):,}", str(len(run.conditions)), str(run.settings["decoding"]["batch_size"]),
+             run.dates[0][:10]]
+        )  # fmt: skip
+        versions = ", ".join(f"{package} {number}" for package, number in environment["versions"].items())
+        model = run.settings["model"]
+        identity = ", ".join(f"{key} {value}" for key, value in model.items() if key != "id" and value is not None)
+        made.setdefault(f"{environment['device_name']}; {versions}; {identity}", []).append(name)
+    header = ["run", "split", "frames", "pixels", "clips", "questions", "conditions", "batch", "date"]
+    lines = "\n".join(
+        f"- {', '.join(names) if len(made) > 1 else 'All runs'}: {what}." for what, names in made.items()
+    )
+    return ["## Settings", table(header, rows, 4, 1), lines] if rows else []
