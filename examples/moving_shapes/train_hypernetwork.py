@@ -1,8 +1,10 @@
 """Moving shapes, stage 2: train a hypernetwork for the small VLM, which stays as it is, with the library's Trainer.
 
     python train_hypernetwork.py runs/vlm -o runs/hypernetwork --steps 3000 --minutes 9
+    torchrun --nproc-per-node 2 train_hypernetwork.py ...    (on two GPUs)
 
-Run it again to go on: it stops after `--minutes` with a checkpoint, and the schedule counts steps. Clips are drawn in
+Run it again to go on: it stops after `--minutes` with a checkpoint, and the schedule counts steps: constant after the
+warm-up, falling to nothing over the last third, so how many there are may be decided till then. Clips are drawn in
 the data loader's workers and never the same twice; what is asked about them leaves out two kinds of question and all
 held-out phrasings, to see what an adapter knows that it was never trained to say.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch.utils.data import Dataset
 from transformers import AutoProcessor, TrainerCallback
 
@@ -23,6 +26,7 @@ from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.data.moving_shapes import TASKS, MovingShapes
 from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
 
+ENDLESS = 10**8  # clips: more than any run draws
 HELD_OUT_TASKS = ("existence", "size")
 TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
 
@@ -31,7 +35,7 @@ def main() -> None:
     options = parse()
     model, processor = build(options)
     queries = {"queries_per_video": options.queries, "tasks": options.tasks}
-    train = VariedClips(options.steps * options.batch_size, seed=options.seed, lengths=options.lengths, **queries)
+    train = VariedClips(ENDLESS, seed=options.seed, lengths=options.lengths, **queries)
     validation = MovingShapes("validation", options.validation, queries_per_video=None, tasks=options.tasks)
     trainer = Video2LoraTrainer(
         model,
@@ -52,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
-    parser.add_argument("--batch-size", type=int, default=256, help="clips")
+    parser.add_argument("--batch-size", type=int, default=256, help="clips of one process")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--queries", type=int, default=6, help="about each clip")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TRAINED_TASKS)
@@ -106,6 +110,9 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
         per_device_eval_batch_size=128,
         learning_rate=options.learning_rate,
         warmup_steps=min(200, options.steps // 10),
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": options.steps // 3},
+        train_sampling_strategy="sequential",  # every row is drawn by chance already
         seed=options.seed,
         ce_weight=options.ce,
         kl_weight=options.kl,
@@ -119,7 +126,7 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
         dataloader_prefetch_factor=4 if options.workers else None,
         logging_steps=max(1, min(50, options.steps // 4)),
         eval_strategy="steps",
-        eval_steps=max(1, options.steps // 4),
+        eval_steps=options.steps,
         num_eval_samples=8,
         save_strategy="no",  # when it stops
         report_to="none",
@@ -146,15 +153,27 @@ class VariedClips(Dataset):
 
 
 class StopAfter(TrainerCallback):
-    """Stops a run after some minutes, with a checkpoint to go on from."""
+    """Stops a run after some minutes, with a checkpoint to go on from; all processes at the same step."""
 
     def __init__(self, minutes: float) -> None:
-        self.until = time.monotonic() + 60 * minutes
+        self.started, self.minutes, self.first = time.monotonic(), minutes, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.first:
+            self.first, self.since = state.global_step + 1, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if time.monotonic() > self.until:
-            control.should_training_stop = control.should_save = True
+        if state.global_step % (10 if args.world_size > 1 else 1) == 0:
+            over = torch.tensor(time.monotonic() > self.started + 60 * self.minutes, device=args.device)
+            if bool(broadcast(over)):
+                control.should_training_stop = control.should_save = True
         return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        taken = state.global_step - self.first + 1
+        if state.is_world_process_zero and self.first:
+            spent = time.monotonic() - self.since
+            print(f"step {state.global_step}: {taken / spent:.2f} steps/s", flush=True)
 
 
 if __name__ == "__main__":
