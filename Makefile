@@ -1,5 +1,5 @@
 # Everything a newcomer runs. Needs Python >= 3.10, make and git; each target sets up what it needs by itself.
-#   make demo    a tiny video becomes an adapter that answers
+#   make demo    a clip of moving shapes becomes an adapter that answers; with the trained models, where they are
 #   make test    the tests, offline
 #   make test-lmms-eval    those with lmms-eval, in an environment of their own (7 GB)
 #   make lint    ruff and mypy

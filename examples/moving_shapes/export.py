@@ -1,7 +1,7 @@
 """Moving shapes: VLM and hypernetwork as one checkpoint in bfloat16 with a card, as a Hub repository would have it.
 
     python export.py runs/hypernetwork -o checkpoint
-    python export.py runs/hypernetwork -o checkpoint --results runs/proof    (once it is proved: scores in the card)
+    python export.py runs/hypernetwork -o checkpoint --results runs/proof --overwrite    (proved: scores in the card)
 
 The card is written from what the runs left behind: the hypernetwork's own card, `validation.jsonl` of the VLM.
 """
@@ -24,13 +24,15 @@ from torch import nn
 from train_hypernetwork import HELD_OUT_TASKS
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
-from video2lora.adapters.directories import new_directory
+from video2lora.adapters.directories import check_target, new_directory
+from video2lora.adapters.errors import OutputExistsError
 from video2lora.evaluation.records import read_run, write_records
 from video2lora.hub_cards.evaluation_card import add_to_card, model_index
 
 NAME = "examples/moving_shapes/checkpoint"  # where the card's code finds it, from the repository's root
 IN_INDEX = ("main", "phrasings", "combinations")  # runs of the proof that are the model's results on a Hub page
 CURVE = "learning_curve.png"
+FILES = {"config.json", "model.safetensors", "processor_config.json", "vlm_processor", "README.md", CURVE}
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -39,21 +41,25 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of stage 2")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--results", type=Path, help="folder of stage 3's runs")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     options = parser.parse_args()
-    if options.output.exists():
-        raise SystemExit(f"{options.output} exists already: name a new folder.")
-    export(options.checkpoint, options.output, options.results)
+    try:
+        export(options.checkpoint, options.output, options.results, overwrite=options.overwrite)
+    except OutputExistsError:
+        told = f"{options.output} exists already: name a new folder, or pass --overwrite to replace a checkpoint."
+        raise SystemExit(told) from None
     print(f"{options.output}: {folder_bytes(options.output) / 1e6:.1f} MB")
 
 
-def export(checkpoint: Path, output: Path, proof: Path | None = None) -> None:
+def export(checkpoint: Path, output: Path, proof: Path | None = None, overwrite: bool = False) -> None:
     """Write the checkpoint, all at once or not at all."""
+    check_target(output, overwrite=overwrite, replaceable=is_checkpoint)
     processor = Video2LoraProcessor.from_pretrained(checkpoint)
     model = Video2LoraModel.from_pretrained(checkpoint, dtype=torch.bfloat16)
     vlm_run = Path(model.config.base_model_name_or_path or "")
     model.hypernetwork.to(torch.bfloat16)  # halves the file; it computes in float32 again when it is loaded
     model.config.base_model_name_or_path = None  # the base is in the file; where it was trained is nobody's business
-    with new_directory(output, overwrite=False, replaceable=lambda _: False) as folder:
+    with new_directory(output, overwrite=overwrite, replaceable=is_checkpoint) as folder:
         model.save_pretrained(folder, bundle_base=True)
         processor.save_pretrained(folder)
         training = training_section(checkpoint)
@@ -61,6 +67,12 @@ def export(checkpoint: Path, output: Path, proof: Path | None = None) -> None:
             shutil.copyfile(checkpoint / CURVE, folder / CURVE)
         facts = model_facts(model, folder) | vlm_facts(vlm_run) | {"training": training}
         write_card(folder / "README.md", facts, proof)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds what `export` writes, and may be replaced by it."""
+    names = {path.name for path in folder.iterdir()}
+    return {"config.json", "model.safetensors"} <= names <= FILES
 
 
 def write_card(path: Path, facts: dict[str, Any], proof: Path | None) -> None:
