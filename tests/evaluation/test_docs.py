@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -93,17 +94,27 @@ def test_the_page_runs_from_top_to_bottom(
             exec(compile(text, "docs/evaluation.md", "exec"), namespace)
         else:
             ran.append(_command(text))
-    assert ran == ["pip", "evaluate", "evaluate", "list", "evaluate", *["report"] * 4, "benchmark"]
+    assert ran == ["pip", "evaluate", "evaluate", "evaluate", "list", "evaluate", *["report"] * 4, "benchmark"]
     for name in ("run.json", "records.parquet", "report.md", "report.html", "answers", "plots"):
         assert (folder / "my-run" / name).exists()
     assert list((folder / "own-run" / "frames").glob("*.jpg"))
     assert (folder / "by-frames" / "report.md").is_file() and (folder / "all" / "report.md").is_file()
+    tuned = read_run(folder / "tuned-run")
+    assert tuned.conditions == ["video", "adapter", "lora_from_adapter_5_steps", "adapter_2_segments"]
     run = read_run(folder / "python-run")
     assert run.conditions == ["video", "adapter", "adapter_2_segments", "lora_from_adapter_5_steps"]
     assert "rouge_l" in run.metrics and isinstance(namespace["videos"], int)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "model-index" in card and card.endswith("# A model\n")
     assert (folder / "speed" / "report.md").is_file()
+
+
+def test_every_option_of_a_condition_is_in_the_table() -> None:
+    (table,) = re.findall(r"\| \| options \|\n(.*?)\n\n", TEXT, re.DOTALL)
+    rows = {name: row for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    for name, condition in CONDITIONS.items():
+        _, _, *options = inspect.signature(condition).parameters
+        assert set(re.findall(r"`(\w+)`", rows.get(name, "| |").split("|")[-2])) == set(options), name
 
 
 def test_its_tables_name_everything() -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ._errors import CommandError
+from ._yaml import check_keys, checked_value, parse_yaml
 
 SECTIONS = ("model", "data", "training")
 MODEL_KEYS = {"base": "str", "checkpoint": "str", "revision": "str", "dtype": "str", "attn_implementation": "str"}
@@ -27,15 +24,6 @@ DATA_KEYS = {
 }
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _NOT_SET_HERE = {"vlm_config", "base_model_name_or_path", "base_model_revision", "bundle_base", "format_version"}
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "bool": (bool,),
-    "str": (str,),
-    "list": (list,),
-    "tuple": (list,),
-    "dict": (dict,),
-}
 
 
 @dataclass(frozen=True)
@@ -69,23 +57,23 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
         CommandError: a key that is not known, with the closest one that is, or a value of the wrong kind.
         OSError: the file cannot be read.
     """
-    document = _parse(path.read_text(encoding="utf-8"), str(path))
+    document = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(document, dict):
         raise CommandError(f"{path}: expected the sections {', '.join(SECTIONS)}, got {document!r}.")
     known = _known_keys()
-    _check_keys(document, known, str(path), "section")
+    check_keys(document, known, str(path), "section")
     sections = {name: _section(document.get(name), f"{path}: {name}") for name in SECTIONS}
     for override in overrides:
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot:
             raise CommandError(f"--set {override}: expected section.key=value, such as training.learning_rate=1e-4.")
-        _check_keys([section], known, f"--set {override}", "section")
-        sections[section][key] = _parse(text, f"--set {override}")
+        check_keys([section], known, f"--set {override}", "section")
+        sections[section][key] = parse_yaml(text, f"--set {override}")
     for section, values in sections.items():
-        _check_keys(values, known[section], f"{path}: {section}", "key")
+        check_keys(values, known[section], f"{path}: {section}", "key")
         for key, value in values.items():
-            values[key] = _checked(value, known[section][key], f"{path}: {section}.{key}")
+            values[key] = checked_value(value, known[section][key], f"{path}: {section}.{key}")
     run = RunFile(**sections)
     _check_sense(run, path)
     return run
@@ -119,28 +107,6 @@ def _section(value: Any, where: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _check_keys(keys: Iterable[Any], known: Mapping[str, Any], where: str, what: str) -> None:
-    for key in map(str, keys):
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known)[:12])}"
-            raise CommandError(f"{where}: there is no {what} {key!r}; {hint}")
-
-
-def _checked(value: Any, kind: str, where: str) -> Any:
-    """The value if its kind fits what the field is annotated with; what cannot be told is left to the field."""
-    if value is None:
-        return value
-    names = [re.sub(r"\[.*", "", part).strip() for part in re.sub(r"\[[^|]*\|[^]]*\]", "", kind).split("|")]
-    if any(name not in _KINDS and name != "None" for name in names):
-        return value
-    allowed = {kind for name in names if name != "None" for kind in _KINDS[name]}
-    if type(value) not in allowed:
-        wanted = " or ".join(name for name in names if name != "None")
-        raise CommandError(f"{where} is {value!r}, expected {wanted}.")
-    return float(value) if isinstance(value, int) and type(value) is int and "int" not in names else value
-
-
 def _check_sense(run: RunFile, path: Path) -> None:
     """Refuse what no field can judge by itself."""
     model, data = run.model, run.data
@@ -156,34 +122,3 @@ def _check_sense(run: RunFile, path: Path) -> None:
         raise CommandError(f"{path}: data.eval_split is a split of data.eval, which is missing.")
     if run.training.get("output_dir") is None:
         raise CommandError(f"{path}: training.output_dir is missing: the folder for checkpoints and the model.")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, which people expect: 1e-4 is a number, `no` and `off` are text; a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if repeated := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise CommandError(f"{where}: no YAML: {error}") from error

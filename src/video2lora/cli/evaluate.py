@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ._conditions import make_conditions, read_conditions
 from ._errors import EXPECTED_ERROR, CommandError, about
 from ._options import Device, Dtype, Json, torch_device, torch_dtype
 from ._output import note, print_fields, print_json, print_table
@@ -47,6 +48,14 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split, by default the benchmark's.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
     conditions: Annotated[str, typer.Option(help="How the questions are answered, with commas between.")] = CONDITIONS,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:KEY=VALUE,...",
+            help="One more with options, such as lora_from_adapter:steps=20 or adapter:segments=2; give several.",
+            show_default=False,
+        ),
+    ] = None,
     num_samples: Annotated[
         str | None, typer.Option(help="How many questions (or videos) are drawn, or 'all'.", metavar="N|all")
     ] = None,
@@ -118,6 +127,7 @@ def evaluate(
     state = process_state(device)
     try:
         _check_judge(judge, judge_url)
+        more = read_conditions(condition or ())
         with state.main_process_first():
             samples = _load_benchmark(benchmark, data_dir, download and state.is_main_process, asked)
         scored = _metrics(metrics, samples, judge)
@@ -128,7 +138,7 @@ def evaluate(
             judging = _judge(judge, judge_url, kind)
             if state.is_main_process:
                 limit = max_new_tokens or samples.spec.max_new_tokens
-                _say_what_it_takes(judging, samples, limit, len(_names(conditions) or []))
+                _say_what_it_takes(judging, samples, limit, len(_names(conditions) or []) + len(more))
         model, processor = _load_model(checkpoint, revision, dtype, state.device if device is None else device)
         processor.num_frames = num_frames or (
             processor.num_frames if samples.spec.schema == "local" else samples.spec.num_frames
@@ -141,7 +151,7 @@ def evaluate(
             model,
             processor,
             samples,
-            _names(conditions) or [],
+            [*(_names(conditions) or []), *make_conditions(more, model, processor)],
             output,
             decoding=Decoding(max_new_tokens or samples.spec.max_new_tokens, batch_size),
             metrics=scored,
