@@ -167,10 +167,12 @@ def test_the_number_of_frames_is_drawn_log_uniformly(processor, rows):
     assert shares == pytest.approx([math.log((n + 1) / n) / math.log(8) for n in range(1, 8)], abs=0.025)
 
     def frames(collate: Video2LoraCollator, epoch: int, rows: list) -> list[int]:
-        """How many frames are not padding."""
+        """Frames of each video, four tokens each; they are all there is, one behind the other."""
         collate.set_epoch(epoch)
-        pixels = collate(rows)["video_inputs"]["pixel_values"]
-        return [int(video.flatten(1).abs().amax(1).gt(0).sum()) for video in pixels]
+        inputs = collate(rows)["video_inputs"]
+        counts = [collate.processor.count_visual_tokens(ids) // 4 for ids in inputs["input_ids"]]
+        assert inputs["pixel_values"].shape[:2] == inputs["pixel_attention_mask"].shape[:2] == (1, sum(counts))
+        return counts
 
     epochs = [frames(collate, epoch, parsed) for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] and set().union(*epochs) <= set(range(1, 8))
@@ -184,7 +186,8 @@ def test_the_number_of_frames_is_drawn_log_uniformly(processor, rows):
 def test_each_segment_has_the_frames_drawn(processor, rows):
     collate = Video2LoraCollator(processor, 3, composition_probability=1.0, num_frames_range=(3, 3))
     batch = collate(list(load_rows(rows[:2])))
-    assert batch["segments_per_adapter"] == [2, 2] and batch["video_inputs"]["pixel_values"].shape[:2] == (4, 3)
+    assert batch["segments_per_adapter"] == [2, 2] and batch["video_inputs"]["pixel_values"].shape[:2] == (1, 4 * 3)
+    assert [collate.processor.count_visual_tokens(ids) for ids in batch["video_inputs"]["input_ids"]] == [3 * 4] * 4
 
 
 def test_drawing_frames_leaves_the_other_draws_alone(processor, rows):

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from .configuration import INTERNALIZATION_PROMPT, Video2LoraConfig
+from .vision import are_frames
 
 if TYPE_CHECKING:
     from video2lora.video import VideoFrames
@@ -23,6 +24,7 @@ VLM_PROCESSOR_FOLDER = "vlm_processor"
 SETTINGS = ("num_frames", "longest_edge", "internalization_prompt", "prompt_timestamps")
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 IGNORE_INDEX = -100
+PIXELS = ("pixel_values", "pixel_attention_mask")
 
 
 class Video2LoraProcessor(ProcessorMixin):
@@ -202,7 +204,9 @@ class Video2LoraProcessor(ProcessorMixin):
             inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].bool()
         return inputs
 
-    def pad(self, items: Sequence[Mapping[str, Tensor]], left: bool = False) -> BatchFeature:
+    def pad(
+        self, items: Sequence[Mapping[str, Tensor]], left: bool = False, pack_frames: bool = False
+    ) -> BatchFeature:
         """Join videos prepared one by one into a batch (frames that are all zero are padding).
 
         Each is prepared by itself because the base's processor would write the padded frame count into every prompt.
@@ -210,14 +214,23 @@ class Video2LoraProcessor(ProcessorMixin):
         Args:
             items: what `processor(video)` or [`encode_video`] returned for each.
             left: pad tokens on the left, for generation; on the right otherwise.
+            pack_frames: put the frames of all videos one behind the other, `[1, all frames, channels, height, width]`,
+                instead of padding each video to the longest: less memory, and a fraction of the copying where lengths
+                differ much. For [`Video2LoraModel`] (and the base's own `forward`); not for the base's `generate`,
+                which repeats pixels row by row for beams and several sequences. Nothing changes where a base takes
+                pixels in another form.
         """
         batch = BatchFeature()
         for name in items[0]:
             fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}.get(name, 0)
             tensors = [item[name] for item in items]
+            packed = pack_frames and name in PIXELS and are_frames(items[0].get("pixel_values"))
+            if packed:
+                tensors = [tensor.flatten(0, 1) for tensor in tensors]
             shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
             # pixels have more dimensions than tokens; their padding always comes last
-            batch[name] = torch.cat([_pad_to(t, shape, fill, left and t.dim() == 2) for t in tensors])
+            joined = torch.cat([_pad_to(t, shape, fill, left and t.dim() == 2) for t in tensors])
+            batch[name] = joined[None] if packed else joined
         return batch
 
     def count_visual_tokens(self, input_ids: Tensor) -> int:
@@ -273,8 +286,8 @@ class Video2LoraProcessor(ProcessorMixin):
             )
         ids, prompt_ids = self._tokenize(whole), self._tokenize(head)
         shared = next((i for i, (a, b) in enumerate(zip(ids, prompt_ids, strict=False)) if a != b), len(prompt_ids))
-        ends = [i for i, token in enumerate(ids) if token in self.end_token_ids and i >= shared]
-        end = ends[-1] + 1 if ends else len(ids)
+        end_token_ids = self.end_token_ids  # a look into the tokenizer each time
+        end = next((i + 1 for i in reversed(range(shared, len(ids))) if ids[i] in end_token_ids), len(ids))
         return ids[:end], [IGNORE_INDEX] * shared + ids[shared:end]
 
     def append_response(self, inputs: Mapping[str, Tensor], prompt: str, response: str) -> dict[str, Tensor]:

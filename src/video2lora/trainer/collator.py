@@ -70,10 +70,11 @@ class Video2LoraCollator:
                 memory.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` `[queries, tokens]`; `video_inputs`; `queries_per_video` and
-            `segments_per_adapter`, lists; `query_weights` `[queries]`, 0 for a dummy; `num_videos`, the rows given;
-            `kept`, which of them are in the batch; `skipped`, a message for each video left out; `query_ids`, (row id,
-            number) of each query; and `teacher_inputs` where asked for.
+            `input_ids`, `attention_mask`, `labels` `[queries, tokens]`; `video_inputs`, a row for each segment but the
+            frames packed (see [`Video2LoraProcessor.pad`]); `queries_per_video` and `segments_per_adapter`, lists;
+            `query_weights` `[queries]`, 0 for a dummy; `num_videos`, the rows given; `kept`, which of them are in the
+            batch; `skipped`, a message for each video left out; `query_ids`, (row id, number) of each query; and
+            `teacher_inputs` where asked for, packed too.
 
         Raises:
             DatasetError: no row of that form, or a query without a response.
@@ -157,13 +158,14 @@ class Video2LoraCollator:
     def _join(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         turns = [turn for sample in samples for turn in sample["turns"]]
         batch: dict[str, Any] = self.processor.pad_turns(turns)
-        batch["video_inputs"] = dict(self.processor.pad([part for sample in samples for part in sample["segments"]]))
+        segments = [part for sample in samples for part in sample["segments"]]
+        batch["video_inputs"] = dict(self.processor.pad(segments, pack_frames=True))
         batch["queries_per_video"] = [len(sample["turns"]) for sample in samples]
         batch["segments_per_adapter"] = [len(sample["segments"]) for sample in samples]
         batch["query_ids"] = [query_id for sample in samples for query_id in sample["query_ids"]]
         if self.online_teacher:
             teacher = [turn for sample in samples for turn in sample["teacher"]]
-            batch["teacher_inputs"] = dict(self.processor.pad(teacher))
+            batch["teacher_inputs"] = dict(self.processor.pad(teacher, pack_frames=True))
         return batch
 
     def _dummy(self) -> dict[str, Any]:
