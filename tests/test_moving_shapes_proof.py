@@ -171,7 +171,7 @@ def test_processes_killed_go_on_and_answer_the_same(recipe, checkpoint, tmp_path
 
 # --- what is said of it --------------------------------------------------------------------------------------------
 
-SKILL = {"video": 0.97, "adapter": 0.985, "caption": 0.9, "no_adapter": 0.0, "other_adapter": 0.1}
+SKILL = {"video": 1.0, "adapter": 1.0, "caption": 0.9, "no_adapter": 0.0, "other_adapter": 0.1}
 
 
 def skill(condition: str, task: str, run: Any) -> float:
@@ -180,7 +180,7 @@ def skill(condition: str, task: str, run: Any) -> float:
     if condition.startswith("adapter_segment_1") or condition.startswith("adapter_segment_2_of"):
         value = 0.6
     if condition == "adapter" and task == "position":
-        value = 0.9  # so that something fails
+        value = 0.8  # so that something fails
     if condition == "video" and run.num_frames != 12:
         value -= 0.25
     return value
@@ -223,7 +223,7 @@ def make_run(recipe, name: str, run: Any, folder: Path, seed: int = 0) -> None:
 def made_up(recipe, tmp_path_factory) -> Path:
     """All runs of a proof, with made-up answers about few clips."""
     folder = tmp_path_factory.mktemp("made-up") / "proof"
-    for name, run in recipe.prove.declare(folder, 300).items():
+    for name, run in recipe.prove.declare(folder, 150).items():
         make_run(recipe, name, run, folder)
     return folder
 
@@ -247,7 +247,7 @@ def cells(page: str, *begin: str) -> list[str]:
 @pytest.fixture(scope="module")
 def page(recipe, made_up) -> str:
     other = made_up.with_name("captions_only")
-    runs = recipe.prove.declare(other, 300)
+    runs = recipe.prove.declare(other, 150)
     make_run(recipe, "main", runs["main"], other, seed=1)
     recipe.results.write_results(made_up, made_up.with_name("results.md"), other)
     return made_up.with_name("results.md").read_text()
@@ -299,7 +299,7 @@ def test_the_prior_is_what_the_best_guess_gets(recipe):
     numbers = recipe.proof_numbers
     assert numbers.kind("how many red stars are there?") == "how many COLOUR SHAPE are there?"
     guess = numbers.guesser()
-    assert guess["is there a COLOUR SHAPE in the video?"] in ("yes", "no")
+    assert guess["is there a COLOUR SHAPE?"] in ("yes", "no")
     assert numbers.unname("which appears first, the red star or the blue cross?", "#1") == "the blue cross"
 
 

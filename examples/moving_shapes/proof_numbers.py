@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from proof_runs import ALPHA, MARGIN, Run, queries_of
 
 from video2lora.data.moving_shapes import (
@@ -101,14 +102,10 @@ class Numbers:
                     )
         records = pa.concat_tables([shard.records for shard in shards])
         self.conditions = shards[0].conditions
-        columns = {column: records[column].to_pylist() for column in records.column_names}
-        places: dict[str, list[int]] = {condition: [] for condition in self.conditions}
-        for place, condition in enumerate(columns["condition"]):
-            places[condition].append(place)
-        first = places[self.conditions[0]]
-        names = ("question_id", "sample_id", "task", "prompt")
-        self.asked = [Asked(*(columns[n][p] for n in names), tuple(columns["references"][p])) for p in first]
-        self._places, self._columns = places, columns
+        self._tables = {name: records.filter(pc.equal(records["condition"], name)) for name in self.conditions}
+        names = ("question_id", "sample_id", "task", "prompt", "references")
+        columns = (self.column(name, self.conditions[0]) for name in names)
+        self.asked = [Asked(a, b, c, d, tuple(e)) for a, b, c, d, e in zip(*columns, strict=True)]
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -121,7 +118,7 @@ class Numbers:
 
     def column(self, name: str, condition: str) -> list[Any]:
         """Of the records, in the order of `asked`."""
-        return [self._columns[name][place] for place in self._places[condition]]
+        return self._tables[condition][name].to_pylist()
 
     @lru_cache(maxsize=256)  # noqa: B019 - lives as long as the report
     def scores(self, condition: str, metric: str = "exact_match") -> np.ndarray:
@@ -159,6 +156,7 @@ class Numbers:
             num_resamples=resamples,
         )
 
+    @lru_cache(maxsize=16)  # noqa: B019
     def by_task(self, candidate: str, baseline: str) -> dict[str, PairedComparison]:
         """A condition against another, task by task."""
         scores = self.scores(candidate), self.scores(baseline)

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.ticker import MultipleLocator  # noqa: E402
 from proof_numbers import Numbers, wilson  # noqa: E402
 from proof_runs import KEPT  # noqa: E402
 
@@ -98,6 +99,7 @@ def draw_composition(kept: Mapping[str, Mapping[int, tuple[float, float, float]]
     segments = list(next(iter(kept.values())))
     axis.set_xticks(range(len(segments)), labels=[f"{n} segments" for n in segments])
     axis.set(ylabel="of the whole video's adapter's accuracy", xlim=(-0.5, len(segments) - 0.5))
+    axis.yaxis.set_major_locator(MultipleLocator(0.02 if axis.get_ylim()[0] > 0.8 else 0.1))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _plain(axis)

@@ -123,12 +123,11 @@ def segments_of(name: str) -> tuple[int, list[int]]:
 
 def make_condition(name: str, model: Video2LoraModel, processor: Video2LoraProcessor) -> Condition:
     """A condition by the name that it has in the records."""
+    kind: Any = CONDITIONS[name.split("_")[0] if name.startswith("adapter_") else name]
     if name == "caption":
-        return CONDITIONS[name](model, processor, prompt="describe the video.", max_new_tokens=96)
+        return kind(model, processor, prompt="describe the video.", max_new_tokens=96)
     segments, kept = segments_of(name)
-    if segments > 1:
-        return CONDITIONS["adapter"](model, processor, segments=segments, keep_segments=kept)
-    return CONDITIONS[name](model, processor)
+    return kind(model, processor, segments=segments, keep_segments=kept) if segments > 1 else kind(model, processor)
 
 
 def benchmark_of(run: Run, clips: range | None = None) -> Benchmark:

@@ -37,17 +37,21 @@ from proof_runs import (
     QUESTIONS,
     RUNS,
     Run,
+    ShapesProcessor,
     benchmark_of,
     make_condition,
     processor_of,
 )
+from pyarrow.parquet import read_schema
 
 from video2lora import Video2LoraModel
 from video2lora.data.files import write_atomically
 from video2lora.evaluation.conditions import Decoding
+from video2lora.evaluation.records import RECORDS
 from video2lora.evaluation.runner import evaluate_model
 
 DECLARED = "proof.json"
+TRIES = 4  # of a shard, where several processes share the memory of a GPU
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return (self.output / "records.parquet").exists()
+        """Whether its answers are there and scored; a kill may have come between the two."""
+        file = self.output / RECORDS
+        return file.exists() and set(METRICS) <= set(read_schema(file).names)
 
 
 def main() -> None:
@@ -95,7 +101,7 @@ def main() -> None:
 
 def default_processes() -> int:
     """Three for four cores where there is a GPU: each draws and encodes its own clips. One on a CPU alone."""
-    return max(1, 3 * len(os.sched_getaffinity(0)) // 4) if torch.cuda.is_available() else 1
+    return max(1, 3 * (os.cpu_count() or 1) // 4) if torch.cuda.is_available() else 1
 
 
 def declare(folder: Path, clips: int | None) -> dict[str, Run]:
@@ -188,23 +194,35 @@ def _die_with_parent() -> None:
 
 def answer(job: Job) -> float:
     """Do a shard; its folder gets the records and `run.json`. Returns seconds."""
-    started, run, model = time.monotonic(), job.run, _worker["model"]
-    processor = processor_of(_worker["checkpoint"], run)
+    started = time.monotonic()
+    for attempt in range(TRIES):
+        try:
+            evaluate(job, _worker["model"], processor_of(_worker["checkpoint"], job.run))
+            break
+        except torch.OutOfMemoryError:  # the others' memory; what was answered stays
+            if attempt == TRIES - 1:
+                raise
+        torch.cuda.empty_cache()
+        time.sleep(5)
+    if _worker["model"].device.type == "cuda":
+        torch.cuda.empty_cache()  # several processes share the memory
+    return time.monotonic() - started
+
+
+def evaluate(job: Job, model: Video2LoraModel, processor: ShapesProcessor) -> None:
+    """Let all conditions of a run answer the questions about a shard's clips."""
     evaluate_model(
         model,
         processor,
-        benchmark_of(run, job.clips),
-        [make_condition(name, model, processor) for name in run.conditions],
+        benchmark_of(job.run, job.clips),
+        [make_condition(name, model, processor) for name in job.run.conditions],
         job.output,
-        decoding=Decoding(max_new_tokens=96, batch_size=QUESTIONS * run.group),
+        decoding=Decoding(max_new_tokens=96, batch_size=QUESTIONS * job.run.group),
         metrics=METRICS,
         margins={"exact_match": MARGIN},
         alpha=ALPHA,
         num_workers=1,
     )
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # several processes share the memory
-    return time.monotonic() - started
 
 
 if __name__ == "__main__":

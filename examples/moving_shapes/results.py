@@ -174,7 +174,8 @@ def _composition(runs: dict[str, Numbers], output: Path) -> Section:
 
 def settings_section(runs: dict[str, Numbers]) -> list[str]:
     """What was run, on how many clips, when and with what."""
-    rows, made = [], {}
+    rows: list[list[str]] = []
+    made: dict[str, list[str]] = {}
     for name, run in runs.items():
         declared, environment = run.run, run.settings["environment"]
         pixels = f"pictures of {declared.longest_edge}" if declared.longest_edge else "video, 64"

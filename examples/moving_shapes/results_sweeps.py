@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from video2lora.evaluation.statistics import PairedComparison
 PUBLISHED = "93 and 86 % for 2 segments"
 
 
+@lru_cache(maxsize=64)
 def losses(run: Numbers, base: Numbers, condition: str) -> dict[str, PairedComparison]:
     """By task, a condition against itself at 12 frames, on the questions that these frames decide."""
     mine, theirs = run.scores(condition), run.aligned(base, condition)
