@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "examples" / "moving_shapes"
-NAMES = ["small_vlm", "batches", "train_vlm", "train_hypernetwork", "results"]
+NAMES = ["small_vlm", "batches", "train_vlm", "train_hypernetwork", "results_text"]
 NAMES += ["ablate_data", "ablate_answers", "ablate_table", "ablate"]
 STEPS, CLIPS = 3, 4
 
@@ -233,6 +233,35 @@ def test_no_difference_below_the_noise_is_claimed(modules):
     draws = torch.randn(4000, 6, generator=rng).tolist()
     claimed = [modules.ablate_table.Noise(tuple(seeds)).differs(one) for one, *seeds in draws]
     assert sum(claimed) / len(claimed) == pytest.approx(0.05, abs=0.01)
+
+
+def test_the_table_claims_what_is_above_the_noise_and_no_more(modules, tmp_path):
+    tasks = [task for kind in modules.ablate_table.KINDS.values() for task in kind]
+    forms = ("whole", "2 segments", "4 segments")
+
+    def counts(right: int, forms: tuple[str, ...] = forms) -> dict[str, Any]:
+        return {form: {task: [right, 1000] for task in tasks} for form in forms}
+
+    rest = {"beside": 6, "learning_rate": 5e-4, "device": "GPU", "seconds": 90.0, "adapter_rank": 16}
+    rest |= {"adapter_parameters": 98304, "hypernetwork_parameters": 6_900_000}
+    measured = {"seed_0": 900, "seed_1": 904, "seed_2": 896, "rank_2": 700, "latents_2": 890}
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, right in measured.items():
+        (results / f"{name}.json").write_text(json.dumps({"accuracy": counts(right), **rest}))
+    (results / "base.json").write_text(json.dumps({"video in context": counts(950, ("whole",))}))
+    (tmp_path / "prepared.json").write_text(json.dumps({"budget": {"steps": 800}}))
+    modules.ablate_table.write_table(tmp_path, modules.ablate.VARIANTS, tmp_path / "ablations.md")
+    page = (tmp_path / "ablations.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("- ")]
+    assert line.startswith("- rank_2: whole, trained -0.200 (-50.0 σ); whole, never trained -0.200")
+    assert "Not told apart from the default anywhere: latents_2." in page
+    assert (
+        "| rank_2 | rank (8) | **0.700** (-50.0 σ) |" in page
+        and "| latents_2 | latents (8) | 0.890 (-2.5 σ) |" in page
+    )
+    assert "| default, 3 seeds |  | 0.900 ± 0.004 |" in page and "98,304 (197 kB)" in page
+    assert "Of 12 comparisons 0.6 would do so by chance" in page
 
 
 def test_what_is_run_is_what_the_issue_asks_for(modules):

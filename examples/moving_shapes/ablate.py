@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
@@ -28,6 +29,7 @@ from ablate_answers import Scores, exact, prepare_answers, score_base
 from ablate_data import (
     FORMS,
     SETTINGS,
+    WHOLE,
     Answers,
     Budget,
     PreparedBatches,
@@ -142,17 +144,20 @@ def prepare(options: argparse.Namespace, until: float) -> None:
     print("prepared." if complete else "stopped by the clock: start it again to go on.", flush=True)
 
 
-def read_budget(folder: Path) -> Budget:
+def read_budget(folder: Path, names: Sequence[str]) -> Budget:
     """What a folder is prepared for.
 
     Raises:
-        SystemExit: it is not, or not to the end.
+        SystemExit: it is not, or lacks something that these variants need.
     """
     path = folder / SETTINGS
     if not path.exists():
         raise SystemExit(f"{folder} has no {SETTINGS}: run `ablate.py prepare` first.")
     budget = Budget(**json.loads(path.read_text())["budget"])
-    wanted = [batch_file(folder, split, i) for split in ("train", "answers") for i in range(budget.steps)]
+    needed = {"validation": budget.validation_batches, "train": budget.steps}
+    if any(VARIANTS[name].answers == "own" for name in names):
+        needed["answers"] = budget.steps
+    wanted = [batch_file(folder, split, i) for split, number in needed.items() for i in range(number)]
     missing = [file for file in wanted if not file.exists()]
     if missing:
         raise SystemExit(f"{len(missing)} of {len(wanted)} files are not prepared: start `ablate.py prepare` again.")
@@ -173,7 +178,7 @@ def recipe_options(vlm: Path, output: Path, arguments: tuple[str, ...]) -> argpa
 
 def run_variants(options: argparse.Namespace, until: float) -> list[str]:
     """Run the variants that have no result, several processes on each GPU; return those that failed."""
-    write_settings(options.output, options.vlm, read_budget(options.output))  # the same base, or an error
+    write_settings(options.output, options.vlm, read_budget(options.output, options.only))  # of the same base
     names = sorted(options.only, key=lambda name: -VARIANTS[name].cost)
     waiting = [name for name in names if not result_file(options.output, name).exists()]
     free = visible_gpus() * options.parallel
@@ -247,7 +252,7 @@ def write_json(path: Path, value: Any) -> None:
 def run_variant(options: argparse.Namespace) -> None:
     """Train one variant and write its result, or stop with a checkpoint when the time is over."""
     folder, name = options.output, options.name
-    budget, output = read_budget(folder), folder / "runs" / name
+    budget, output = read_budget(folder, [name]), folder / "runs" / name
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a run whose starter was killed may still be writing its checkpoint
@@ -275,9 +280,9 @@ def run_variant(options: argparse.Namespace) -> None:
 def make_trainer(options: argparse.Namespace, budget: Budget) -> tuple[PreparedTrainer, PreparedBatches]:
     """The library's trainer over prepared batches."""
     variant, output = VARIANTS[options.name], options.output / "runs" / options.name
-    given = ("--steps", str(budget.steps), "--batch-size", "1", "--composition", "0", "--most-frames", "12")
-    given += ("--workers", str(options.workers))
-    recipe = recipe_options(options.vlm, output, (*given, *DEFAULT, *variant.options))
+    given = ("--steps", str(budget.steps), "--batch-size", "1", "--workers", str(options.workers))
+    prepared = ("--composition", "0", "--most-frames", "12")  # the clips are cut and sampled
+    recipe = recipe_options(options.vlm, output, (*given, *prepared, *DEFAULT, *variant.options))
     model, processor = train_hypernetwork.build(recipe)
     arguments = train_hypernetwork.arguments(recipe)
     arguments.set_evaluate("no")
@@ -328,7 +333,7 @@ def measure(trainer: PreparedTrainer, data: PreparedBatches, budget: Budget) -> 
     """Accuracy on the validation clips in every form, by task, and the sizes of things."""
     model: Video2LoraModel = trainer.accelerator.unwrap_model(trainer.model).eval()
     names = ("input_ids", "attention_mask", "labels", "video_inputs", "queries_per_video", "segments_per_adapter")
-    accuracy, adapter = {}, None
+    accuracy: dict[str, Any] = {}
     for form in FORMS:
         scores = Scores()
         for number in range(budget.validation_batches):
@@ -338,7 +343,8 @@ def measure(trainer: PreparedTrainer, data: PreparedBatches, budget: Budget) -> 
             with trainer.accelerator.autocast():
                 outputs = model(**inputs)
             scores.add(tasks, exact(outputs.label_logits, inputs["labels"]))
-            adapter = adapter or outputs.lora[0]
+            if form == WHOLE:
+                adapter = outputs.lora[0]
         accuracy[form] = scores.counts
     factors = [*adapter.lora_A.values(), *adapter.lora_B.values()]
     return {

@@ -115,7 +115,7 @@ def prepare_answers(
     missing = [i for i in range(steps) if not batch_file(folder, "answers", i).exists()]
     loader = DataLoader(
         TeacherInputs(folder, vlm.config.image_token_id),
-        sampler=missing,  # type: ignore[arg-type]
+        sampler=missing,
         batch_size=None,
         num_workers=min(workers, len(missing)),
     )

@@ -166,7 +166,7 @@ def prepare_clips(
         missing = [i for i in range(number) if not batch_file(folder, split, i).exists()]
         (folder / split).mkdir(parents=True, exist_ok=True)
         data = CollatedClips(processor, split, budget.clips, budget.queries, vlm.dtype)
-        loader = DataLoader(data, sampler=missing, batch_size=None, num_workers=min(workers, len(missing)))  # type: ignore[arg-type]
+        loader = DataLoader(data, sampler=missing, batch_size=None, num_workers=min(workers, len(missing)))
         for i, (tensors, videos) in zip(missing, loader, strict=True):
             for group, inputs in videos.items():
                 tensors[f"{group}.visual"] = see(vlm, inputs)

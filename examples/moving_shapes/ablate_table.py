@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from ablate_data import CLIP_FRAMES, CUT, FORMS, MAX_SEGMENTS, SETTINGS, WHOLE, Budget  # noqa: E402
 from batches import FRAMES  # noqa: E402
-from results import table  # noqa: E402
+from results_text import table  # noqa: E402
 from scipy.stats import t as student  # noqa: E402
 from train_hypernetwork import HELD_OUT_TASKS, TRAINED_TASKS  # noqa: E402
 
@@ -148,7 +148,10 @@ def main_table(
         adapter = f"rank {result['adapter_rank']}, {result['adapter_parameters']:,} ({_size(result)})"
         hypernetwork = f"{result['hypernetwork_parameters'] / 1e6:.2f} M"
         rows.append([name, variants[name].subject, *cells, adapter, hypernetwork, f"{result['seconds']:.0f}"])
-    note = "Adapter: rank of a whole clip's, parameters, size in bfloat16. Bold: differs by more than the seeds do."
+    note = (
+        "Adapter: rank of a whole clip's, parameters, size in bfloat16. Bold: differs by more than the seeds do. A "
+        "run on captions alone was trained on none of the other tasks either."
+    )
     return table(header, rows) + "\n\n" + note
 
 
