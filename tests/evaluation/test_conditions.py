@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from video2lora.evaluation import condition as condition_module
-from video2lora.evaluation.condition import batches_of
+from video2lora.evaluation.condition import batches_of, expected_lengths, longest_first
 from video2lora.evaluation.condition_video import CAPTION_TEMPLATE
 from video2lora.evaluation.conditions import CONDITIONS, Decoding
 from video2lora.evaluation.samples import Sample
@@ -181,6 +181,48 @@ def test_an_answer_does_not_depend_on_its_batch(setup, samples, name):
     condition = CONDITIONS[name](setup.model, setup.processor, **options)
     alone = [condition.answer([item], DECODING)[0] for item in prepare(setup, samples, condition)]
     assert together == facts(alone)
+
+
+@pytest.mark.parametrize("name", ["video", "adapter", "no_adapter", "other_adapter"])
+def test_long_answers_share_batches(samples, name, monkeypatch):
+    setup = setup_of("smolvlm")
+    mixed = [
+        replace(
+            sample,
+            questions=tuple(
+                replace(question, task="colour" if number else "caption", references=("red" if number else "a" * 40,))
+                for number, question in enumerate(sample.questions)
+            ),
+        )
+        for sample in samples
+    ]
+    condition = CONDITIONS[name](setup.model, setup.processor)
+    prepared = prepare(setup, mixed, condition)
+    expected = facts(condition.answer(prepared, replace(DECODING, batch_size=100)))
+    batches, generate = [], condition.generate
+    monkeypatch.setattr(
+        condition,
+        "generate",
+        lambda inputs, *given, **options: batches.append(inputs) or generate(inputs, *given, **options),
+    )
+    assert facts(condition.answer(prepared, replace(DECODING, batch_size=4))) == expected
+    prompts = [setup.processor.tokenizer.batch_decode(inputs["input_ids"]) for inputs in batches]
+    first = [question.prompt for question in (sample.questions[0] for sample in mixed)]
+    # of seven questions four are captions: all in the first batch, in the order of the samples
+    assert [len(rows) for rows in prompts] == [4, 3]
+    assert all(prompt in row for prompt, row in zip(first, prompts[0], strict=True))
+
+
+def test_expected_lengths_are_those_of_the_task(samples):
+    setup = setup_of("smolvlm")
+    one, other = (
+        replace(samples[2].questions[i], task="a", references=refs) for i, refs in ((0, ("xx", "x")), (1, ()))
+    )
+    item = prepare(setup, [replace(samples[2], questions=(one, other, samples[2].questions[2]))])[0]
+    lengths = expected_lengths([item])
+    assert lengths == [[1.0, 1.0, 3.0]]
+    assert longest_first([item.prompts], lengths) == [(0, 2), (0, 0), (0, 1)]
+    assert longest_first([item.prompts]) == [(0, 0), (0, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("name", CONDITIONS)
