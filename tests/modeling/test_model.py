@@ -480,3 +480,42 @@ def test_a_base_with_an_adapter_merged_into_it_is_not_read(smolvlm, make_model, 
         with merge_lora(model.vlm, model.targets, expected), pytest.raises(ValueError, match="merged into the base"):
             model.internalize(**inputs)
         assert_same_lora(model.internalize(**inputs), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["torch.compile", "model.compile"])
+def test_a_compiled_model_has_the_same_loss_and_gradients(whole, smolvlm, make_model, make_processor, clips):
+    """Its hooks stay out of graphs, whatever the shapes of the batches; its hypernetwork can still be compiled."""
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    model, processor = make_model(smolvlm.vlm, num_blocks=1), make_processor(smolvlm)
+    texts = {"text": ["What?", "Where to?", "Who?"], "responses": ["A square.", "Left.", "Nobody at all."]}
+    batches = [dict(processor(videos=clips[:n], **{k: v[:n] for k, v in texts.items()})) for n in (3, 2)]
+
+    def losses(called):
+        found = []
+        for batch in batches:
+            model.zero_grad()
+            loss = called(**batch).loss
+            loss.backward()
+            found += [loss.detach(), *(p.grad.clone() for p in model.hypernetwork.parameters())]
+        return found
+
+    expected = losses(model)
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(model, backend=backend) if whole else model
+        if not whole:
+            model.compile(backend=backend)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(losses(compiled), expected, strict=True))
+        assert not graphs
+        model.hypernetwork.residual_mlps[0].compile(backend=backend)
+        for ours, theirs in zip(losses(compiled), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert graphs
+    finally:
+        torch._dynamo.reset()
+    assert num_hooks(model.vlm) == 0

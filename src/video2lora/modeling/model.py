@@ -116,7 +116,8 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         Args:
             segments_per_adapter: how many consecutive videos (segments) make one adapter; one each by default.
             video_inputs: what the processor returns for the internalization turn: `input_ids` and `attention_mask`
-                `[batch, tokens]`, `pixel_values` and whatever else the base takes.
+                `[batch, tokens]`, `pixel_values` (a row each, or packed: see [`Video2LoraProcessor.pad`]) and whatever
+                else the base takes.
 
         Returns:
             A batch of adapters with the static part, in float32; rank `2 * config.rank` for one segment. Call it under
@@ -206,6 +207,9 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
 
     # --- adapter to answers ----------------------------------------------------------------------------------------
 
+    # Dynamo does not notice hooks that come and go within a call, and this one is made of them: torch.compile of the
+    # whole model runs it as it is, and modules of the hypernetwork can be compiled by themselves.
+    @torch.compiler.disable
     def forward(
         self,
         input_ids: Tensor,
