@@ -60,10 +60,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--queries", type=int, default=6, help="about each clip")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TRAINED_TASKS)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 24, 24, 48], help="frames of clips")
-    parser.add_argument("--most-frames", type=int, default=48, help="sampled of a clip; 4 at least, 12 as a rule")
-    parser.add_argument("--composition", type=float, default=0.3, help="share of clips made of segments")
-    parser.add_argument("--max-segments", type=int, default=4)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 12, 12, 24, 48, 96], help="frames of clips")
+    parser.add_argument("--most-frames", type=int, default=48, help="sampled of a clip; 6 at least, 12 if this is 12")
+    parser.add_argument("--composition", type=float, default=0.25, help="share of clips made of segments")
+    parser.add_argument("--max-segments", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--latents", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=3)
@@ -96,6 +96,8 @@ def build(options: argparse.Namespace) -> tuple[Video2LoraModel, Video2LoraProce
         perceiver_head_dim=32,
         num_frames=12,
         longest_edge=64,
+        # a sum of adapters knows no order: a segment has to say itself when it was
+        prompt_timestamps="file",
     )
     processor = AutoProcessor.from_pretrained(options.vlm)
     return model, Video2LoraProcessor.from_config(model.config, vlm_processor=processor)
@@ -119,7 +121,7 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
         teacher="online" if options.kl else None,
         composition_probability=options.composition,
         max_segments=options.max_segments,
-        num_frames_range=[4, options.most_frames] if options.most_frames > 12 else None,
+        num_frames_range=[6, options.most_frames] if options.most_frames > 12 else None,
         bf16=torch.cuda.is_available(),
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,
