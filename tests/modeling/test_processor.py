@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -308,3 +309,22 @@ def test_real_prompt_of_a_clip(real, clips):
     assert real.count_visual_tokens(inputs["input_ids"]) == 192
     assert inputs["pixel_values"].shape == (1, 3, 3, 512, 512)
     assert np.isfinite(inputs["pixel_values"].numpy()).all() and inputs["pixel_values"].abs().max() <= 1.001
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preparing_says_nothing(families, make_processor, family):
+    """A data loader's workers do it a thousand times a second: not a warning at each."""
+    processor = make_processor(families(family))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        for _ in range(3):
+            known = len(said)
+            processor.encode_turn("What happens?", "Nothing.")
+            processor.encode_video(processor.load_video(torch.zeros(4, 32, 32, 3, dtype=torch.uint8)))
+    finally:
+        logger.removeHandler(handler)
+    assert said[known:] == []  # some things may be said once

@@ -268,7 +268,13 @@ class Video2LoraProcessor(ProcessorMixin):
         messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         if response is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        return self.vlm_processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+        # without a processor's option transformers 5.17's SmolVLM warns at every call of options it adds itself
+        return self.vlm_processor.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=response is None,
+            processor_kwargs={"do_sample_frames": False},
+        )
 
     def encode_turn(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of a question and its answer, exactly as the chat template renders the whole turn.
