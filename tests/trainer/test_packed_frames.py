@@ -36,12 +36,17 @@ def base(request, tiny_vlm_dir, tmp_path_factory) -> Path:
     return save_tiny_vlm("idefics3", tmp_path_factory.mktemp("idefics3") / "base")
 
 
+def inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model takes of a batch."""
+    names = ("input_ids", "attention_mask", "labels", "turns", "video_inputs", "teacher_inputs")
+    names += ("queries_per_video", "segments_per_adapter")
+    return {name: batch[name] for name in names if name in batch}
+
+
 def step(model: Video2LoraModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Everything that a step of training makes of a batch."""
     model.zero_grad()
-    names = ("input_ids", "attention_mask", "labels", "video_inputs", "teacher_inputs")
-    names += ("queries_per_video", "segments_per_adapter")
-    output = model(**{name: batch[name] for name in names if name in batch})
+    output = model(**inputs_of(batch))
     found = {"query_losses": output.query_losses, "label_logits": output.label_logits}
     found |= {f"A {name}": value for name, value in output.lora.lora_A.items()}
     found |= {f"B {name}": value for name, value in output.lora.lora_B.items()}

@@ -21,6 +21,7 @@ from .injection import inject_lora, is_merged
 from .lora import LoraWeights, stack_lora
 from .streaming import keep_rope_deltas, stream_hidden_states
 from .targets import LoraTargets, resolve_targets
+from .turns import Labelled, rows_per_video, turn_inputs
 from .vision import are_frames, embed_frames
 
 TOKENS_IN_FLIGHT = 262144
@@ -220,6 +221,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         queries_per_video: int | Sequence[int] | Tensor | None = None,
         segments_per_adapter: Sequence[int] | Tensor | None = None,
         teacher_inputs: Mapping[str, Tensor] | None = None,
+        turns: Tensor | None = None,
     ) -> Video2LoraOutput:
         """Answer text queries about videos with adapters instead of visual tokens; the step of training.
 
@@ -233,43 +235,49 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             segments_per_adapter: see [`internalize`].
             teacher_inputs: the same turns with the video in their context and `labels` of their own, for distilling
                 from the base that sees the video.
+            turns: `[rows, tokens]`, where several queries of a video lie one behind the other in a row of `input_ids`
+                and `labels`: 1, 2, ... in each row, 0 for padding. Each sees itself alone, as in a row of its own, and
+                is a query in every count here; a video's may take several rows.
 
         Returns:
             [`Video2LoraOutput`]. Cross-entropy is the mean over queries of each query's token mean (the recipe).
 
         Raises:
-            ValueError: both `video_inputs` and `adapters`, or counts that do not add up.
+            ValueError: both `video_inputs` and `adapters`, or counts that do not add up; or `turns` for a base whose
+                attention or positions cannot keep them apart.
         """
         if video_inputs is not None and adapters is not None:
             raise ValueError("expected video_inputs or adapters, got both.")
+        # what waits for the device comes before there is work on it
+        labelled = None if labels is None else Labelled.of(labels, turns)
+        turns_in_rows = None if turns is None else turns.amax(1).tolist()
+        text = {"attention_mask": attention_mask} if turns is None else turn_inputs(self.vlm, turns)
         if video_inputs is not None:
             lora: LoraWeights | None = self.internalize(_as_counts(segments_per_adapter), **video_inputs)
         else:
             lora = self._as_lora(adapters)
-        labelled = None if labels is None else labels[:, 1:] != -100
-        with self._adapted(lora, input_ids.shape[0], queries_per_video), self._predict_only(labelled):
-            logits = self.vlm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        rows = input_ids.shape[0] if turns_in_rows is None else turns_in_rows
+        with self._adapted(lora, rows, queries_per_video), self._predict_only(labelled):
+            logits = self.vlm(input_ids=input_ids, **text, use_cache=False).logits
         if labels is None or labelled is None:
             return Video2LoraOutput(logits=logits, lora=lora)
         label_logits = logits[0]
         teacher_logits = None if teacher_inputs is None else self._teacher_logits(teacher_inputs)
-        losses = cross_entropy(label_logits.float(), labels[:, 1:][labelled], reduction="none")
-        rows = labelled.nonzero()[:, 0]
-        sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
-        query_losses = sums / labelled.sum(1).clamp_min(1)
+        targets = labels[labelled.rows, labelled.columns + 1]
+        query_losses = labelled.mean_per_query(cross_entropy(label_logits.float(), targets, reduction="none"))
         return Video2LoraOutput(query_losses.mean(), query_losses, label_logits, teacher_logits, lora=lora)
 
     @torch.no_grad()
     def _teacher_logits(self, teacher_inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits of the base that sees the video, where its labels stand: `[labelled tokens, vocabulary]`."""
         inputs = self._to_vlm(teacher_inputs)
-        labelled = inputs.pop("labels")[:, 1:] != -100
+        labelled = Labelled.of(inputs.pop("labels"))
         inputs = embed_frames(self.vlm, inputs)
         with keep_rope_deltas(self.vlm), self._predict_only(labelled):
             return self.vlm(**inputs, use_cache=False).logits[0]
 
     @contextmanager
-    def _predict_only(self, labelled: Tensor | None) -> Iterator[None]:
+    def _predict_only(self, labelled: Labelled | None) -> Iterator[None]:
         """Let the base's head see only the tokens that predict labelled ones, as one row `[1, labelled, hidden_size]`.
 
         A hook on the head, because some bases scale or cap (Gemma) its output in their own forward.
@@ -280,7 +288,9 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         thread = threading.get_ident()
 
         def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-            return (args[0][:, :-1][labelled][None],) if threading.get_ident() == thread else None
+            if threading.get_ident() != thread:
+                return None
+            return (args[0][labelled.rows, labelled.columns][None],)
 
         handle = self.get_output_embeddings().register_forward_pre_hook(select)
         try:
@@ -326,17 +336,23 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         candidates += eos if isinstance(eos, list) else [eos]
         return next((token for token in candidates if token is not None and 0 <= token < text.vocab_size), None)
 
-    def _adapted(self, lora: LoraWeights | None, rows: int, queries: int | Sequence[int] | Tensor | None):
-        """The base with `lora` on it for a batch of `rows` queries, as a context manager."""
+    def _adapted(
+        self, lora: LoraWeights | None, rows: int | Sequence[int], queries: int | Sequence[int] | Tensor | None
+    ):
+        """The base with `lora` on it, as a context manager, for so many rows of a query each, or with so many each."""
         if lora is None:
             return nullcontext()
+        total = rows if isinstance(rows, int) else sum(rows)
         counts = _as_counts(queries)
         if counts is None:
-            counts = [rows] if len(lora) == 1 else [1] * len(lora)
+            counts = [total] if len(lora) == 1 else [1] * len(lora)
         elif len(counts) == 1:
             counts = counts * len(lora)
-        if sum(counts) != rows:
-            raise ValueError(f"queries {counts} of {len(lora)} adapters do not add up to the {rows} rows given.")
+        if sum(counts) != total:
+            given = f"{total} rows" if isinstance(rows, int) else f"{total} turns"
+            raise ValueError(f"queries {counts} of {len(lora)} adapters do not add up to the {given} given.")
+        if not isinstance(rows, int):
+            counts = rows_per_video(rows, counts)
         return inject_lora(self.vlm, self.targets, lora, counts)
 
     def _as_lora(self, adapters: LoraWeights | Sequence[Any] | None) -> LoraWeights | None:

@@ -37,6 +37,10 @@ class Video2LoraTrainingArguments(TrainingArguments):
         num_frames_range: least and most frames taken of a video (of each segment, where it is cut), drawn anew every
             epoch, log-uniformly, so that adapters are trained for other lengths than one; the model's `num_frames` by
             default, and always in evaluation.
+        pack_queries: put the queries of a video one behind the other in one row (several where they are many) instead
+            of padding each to the longest of the batch. Every loss and gradient is the same; many short questions cost
+            a fraction. Needs `attn_implementation` "sdpa" or "eager" and a base with one position a token (not
+            Qwen2.5-VL).
         max_bad_fraction: share of videos that may be unreadable before the run stops.
         num_eval_samples: answers generated at every evaluation, written as a table; 0 for none.
         eval_max_new_tokens: tokens of such an answer at most.
@@ -57,6 +61,7 @@ class Video2LoraTrainingArguments(TrainingArguments):
     max_segments: int = field(default=2)
     max_queries_per_video: int | None = field(default=None)
     num_frames_range: list[int] | None = field(default=None)
+    pack_queries: bool = field(default=False)
     max_bad_fraction: float = field(default=0.05)
     num_eval_samples: int = field(default=4)
     eval_max_new_tokens: int = field(default=64)

@@ -7,6 +7,7 @@ import math
 import os
 import random
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,8 @@ class Video2LoraCollator:
         composition_probability, max_segments, max_queries_per_video, num_frames_range: as in
             [`Video2LoraTrainingArguments`].
         online_teacher: also prepare the turns with the video in their context (`teacher_inputs`).
+        pack_queries: put a video's turns one behind the other in a row (`turns` of [`Video2LoraModel.forward`]), or in
+            several: as wide as makes the batch smallest, 4 times the longest turn at most.
         training: whether to draw; validation takes all queries, whole videos and the processor's number of frames.
     """
 
@@ -47,6 +50,7 @@ class Video2LoraCollator:
         online_teacher: bool = False,
         training: bool = True,
         num_frames_range: Sequence[int] | None = None,
+        pack_queries: bool = False,
     ) -> None:
         self.processor = processor
         self.seed = seed
@@ -55,6 +59,7 @@ class Video2LoraCollator:
         self.max_queries_per_video = max_queries_per_video if training else None
         self.num_frames_range = num_frames_range if training else None
         self.online_teacher = online_teacher
+        self.pack_queries = pack_queries
         # shared with the workers, which hold copies of this collator
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -70,7 +75,8 @@ class Video2LoraCollator:
                 memory.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` `[queries, tokens]`; `video_inputs`, a row for each segment but the
+            `input_ids`, `attention_mask`, `labels` `[queries, tokens]`, or `[rows, tokens]` with `turns` where queries
+            are packed; `video_inputs`, a row for each segment but the
             frames packed (see [`Video2LoraProcessor.pad`]); `queries_per_video` and `segments_per_adapter`, lists;
             `query_weights` `[queries]`, 0 for a dummy; `num_videos`, the rows given; `kept`, which of them are in the
             batch; `skipped`, a message for each video left out; `query_ids`, (row id, number) of each query; and
@@ -95,7 +101,7 @@ class Video2LoraCollator:
                 raise kind(f"{_describe(row)}: {type(error).__name__}: {error}") from error
         weight = 1.0 if samples else 0.0
         batch = self._join(samples or [self._dummy()])
-        batch["query_weights"] = torch.full((len(batch["input_ids"]),), weight)
+        batch["query_weights"] = torch.full((len(batch["query_ids"]),), weight)
         return batch | {"num_videos": len(rows), "kept": kept or [0], "skipped": skipped}
 
     def _choose(self, row: Mapping[str, Any], draw: random.Random) -> list[tuple[int, Mapping[str, str]]]:
@@ -156,8 +162,10 @@ class Video2LoraCollator:
         return self.processor.append_response(question, prompt, response)
 
     def _join(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        turns = [turn for sample in samples for turn in sample["turns"]]
-        batch: dict[str, Any] = self.processor.pad_turns(turns)
+        if self.pack_queries:
+            batch: dict[str, Any] = self._pack_turns([sample["turns"] for sample in samples])
+        else:
+            batch = self.processor.pad_turns([turn for sample in samples for turn in sample["turns"]])
         segments = [part for sample in samples for part in sample["segments"]]
         batch["video_inputs"] = dict(self.processor.pad(segments, pack_frames=True))
         batch["queries_per_video"] = [len(sample["turns"]) for sample in samples]
@@ -166,6 +174,20 @@ class Video2LoraCollator:
         if self.online_teacher:
             teacher = [turn for sample in samples for turn in sample["teacher"]]
             batch["teacher_inputs"] = dict(self.processor.pad(teacher, pack_frames=True))
+        return batch
+
+    def _pack_turns(self, videos: Sequence[Sequence[tuple[list[int], list[int]]]]) -> dict[str, Tensor]:
+        """Turns of several videos in as few tokens as rows of one length take."""
+        rows = []
+        for turns, counts in zip(videos, _rows(videos), strict=True):
+            left = iter(turns)
+            rows += [list(islice(left, count)) for count in counts]
+        joined = [(list(chain(*(ids for ids, _ in row))), list(chain(*(labels for _, labels in row)))) for row in rows]
+        batch = self.processor.pad_turns(joined)
+        batch["turns"] = torch.zeros_like(batch["input_ids"])
+        for numbers, row in zip(batch["turns"], rows, strict=True):
+            lengths = torch.tensor([len(ids) for ids, _ in row])
+            numbers[: int(lengths.sum())] = torch.arange(1, len(row) + 1).repeat_interleave(lengths)
         return batch
 
     def _dummy(self) -> dict[str, Any]:
@@ -178,6 +200,37 @@ class Video2LoraCollator:
     def _random(self, row_id: str) -> random.Random:
         key = f"{self.seed}\x1f{int(self._epoch)}\x1f{row_id}".encode()
         return random.Random(int.from_bytes(hashlib.sha256(key).digest()[:8], "big"))
+
+
+def _rows(videos: Sequence[Sequence[tuple[list[int], list[int]]]]) -> list[list[int]]:
+    """How many turns go into each row of each video, for the width that makes the batch smallest."""
+    lengths = [[len(ids) for ids, _ in turns] for turns in videos]
+    longest = max(max(video) for video in lengths)
+    widths = sorted({min(max(sum(video), longest), 4 * longest) for video in lengths})
+    # of many, some; the widest, which leaves most videos whole, wins a draw
+    layouts = [[_fill(video, width) for video in lengths] for width in widths[:: -max(1, len(widths) // 16)]]
+    return min(layouts, key=lambda layout: _size(layout, lengths))
+
+
+def _fill(lengths: Sequence[int], width: int) -> list[int]:
+    """Numbers of consecutive turns that fit into rows of a width."""
+    counts, used = [0], 0
+    for length in lengths:
+        if counts[-1] and used + length > width:
+            counts.append(0)
+            used = 0
+        counts[-1] += 1
+        used += length
+    return counts
+
+
+def _size(layout: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]) -> int:
+    """Tokens of the batch, padding included."""
+    widest = 0
+    for counts, video in zip(layout, lengths, strict=True):
+        left = iter(video)
+        widest = max(widest, *(sum(islice(left, count)) for count in counts))
+    return widest * sum(map(len, layout))
 
 
 def _check_row(row: Any) -> Mapping[str, Any]:

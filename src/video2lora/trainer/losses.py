@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from ..modeling.turns import Labelled
+
 
 def kl_per_token(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Divergence of the student from the teacher, `sum p_t (log p_t - log p_s)`, times the squared temperature.
@@ -44,20 +46,19 @@ def kl_top_k_per_token(student_logits: Tensor, token_ids: Tensor, logits: Tensor
     return inside + rest_t.exp() * (rest_t - rest_s)
 
 
-def mean_per_query(token_losses: Tensor, labels: Tensor) -> Tensor:
+def mean_per_query(token_losses: Tensor, labels: Tensor, turns: Tensor | None = None) -> Tensor:
     """Each query's mean over its labelled tokens (the recipe's reduction).
 
     Args:
         token_losses: `[labelled tokens]`, in row order.
-        labels: `[queries, tokens]`, -100 where there is none; as in a causal model the first column predicts nothing.
+        labels: `[rows, tokens]`, -100 where there is none; as in a causal model a query's first token is predicted by
+            nothing.
+        turns: `[rows, tokens]`, where a row holds several queries: see [`Video2LoraModel.forward`].
 
     Returns:
         `[queries]`; 0 for a query without labels.
     """
-    labelled = labels[:, 1:] != -100
-    rows = labelled.nonzero()[:, 0]
-    sums = token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses)
-    return sums / labelled.sum(1).clamp_min(1)
+    return Labelled.of(labels, turns).mean_per_query(token_losses)
 
 
 def _wide(logits: Tensor) -> Tensor:

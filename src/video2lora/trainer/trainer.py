@@ -24,6 +24,7 @@ from ..data import load_rows
 from ..data.errors import DatasetError
 from ..modeling import Video2LoraConfig, Video2LoraModel, Video2LoraProcessor
 from ..modeling.processor import IGNORE_INDEX
+from ..modeling.turns import check_turns_fit
 from .arguments import Video2LoraTrainingArguments
 from .callbacks import add_run_callbacks
 from .checkpoints import (
@@ -76,6 +77,9 @@ class Video2LoraTrainer(Trainer):
     ) -> None:
         self.processor = processing_class or Video2LoraProcessor.from_config(model.config)
         options: dict[str, Any] = {"seed": args.seed, "online_teacher": args.teacher == "online"}
+        if args.pack_queries:
+            check_turns_fit(model.vlm)
+            options["pack_queries"] = True
         self.train_collator = Video2LoraCollator(
             self.processor,
             composition_probability=args.composition_probability,
@@ -177,7 +181,7 @@ class Video2LoraTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sum of the weighted query losses over the queries of the global step."""
-        names = ("input_ids", "attention_mask", "labels", "video_inputs", "teacher_inputs")
+        names = ("input_ids", "attention_mask", "labels", "turns", "video_inputs", "teacher_inputs")
         arguments = {name: inputs[name] for name in names if name in inputs}
         counts = {name: inputs[name] for name in ("queries_per_video", "segments_per_adapter")}
         with self.accelerator.autocast():  # which FSDP2 leaves to us
@@ -203,7 +207,7 @@ class Video2LoraTrainer(Trainer):
             return losses
         else:
             divergence = kl_top_k_per_token(outputs.label_logits, **self._stored_targets(inputs))
-        return losses + args.kl_weight * mean_per_query(divergence, inputs["labels"])
+        return losses + args.kl_weight * mean_per_query(divergence, inputs["labels"], inputs.get("turns"))
 
     def _stored_targets(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """What a teacher has stored for the labelled tokens of a batch, in row order.
@@ -212,7 +216,13 @@ class Video2LoraTrainer(Trainer):
             DatasetError: there is nothing for a query, or it is of other tokens than are trained on.
         """
         stored = []
-        for key, labels in zip(inputs["query_ids"], inputs["labels"].cpu(), strict=True):
+        labels, turns = inputs["labels"].cpu(), inputs.get("turns")
+        queries: Any = labels
+        if turns is not None:  # numbered anew in every row
+            queries = [
+                row[turn == n] for row, turn in zip(labels, turns.cpu(), strict=True) for n in turn.unique() if n
+            ]
+        for key, labels in zip(inputs["query_ids"], queries, strict=True):
             row_id, number = key
             if key not in self.teacher:
                 raise DatasetError(f"{self.args.teacher} has no logits for query {number} of row {row_id!r}.")
