@@ -206,9 +206,10 @@ def _rows(videos: Sequence[Sequence[tuple[list[int], list[int]]]]) -> list[list[
     """How many turns go into each row of each video, for the width that makes the batch smallest."""
     lengths = [[len(ids) for ids, _ in turns] for turns in videos]
     longest = max(max(video) for video in lengths)
-    widths = sorted({min(max(sum(video), longest), 4 * longest) for video in lengths})
-    # of many, some; the widest, which leaves most videos whole, wins a draw
-    layouts = [[_fill(video, width) for video in lengths] for width in widths[:: -max(1, len(widths) // 16)]]
+    widest = min(max(longest, *map(sum, lengths)), 4 * longest)
+    # the widest, which leaves most videos whole, wins a draw
+    widths = range(widest, longest - 1, -max(1, (widest - longest) // 32))
+    layouts = [[_fill(video, width) for video in lengths] for width in widths]
     return min(layouts, key=lambda layout: _size(layout, lengths))
 
 
