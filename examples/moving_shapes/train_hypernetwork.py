@@ -122,6 +122,7 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
         composition_probability=options.composition,
         max_segments=options.max_segments,
         num_frames_range=[6, options.most_frames] if options.most_frames > 12 else None,
+        pack_queries=True,
         bf16=torch.cuda.is_available(),
         dataloader_num_workers=options.workers,
         dataloader_persistent_workers=options.workers > 0,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ._conditions import make_conditions, read_conditions
 from ._errors import EXPECTED_ERROR, CommandError, about
 from ._options import Device, Dtype, Json, torch_device, torch_dtype
 from ._output import note, print_fields, print_json, print_table
@@ -122,6 +121,7 @@ def evaluate(
         raise CommandError(f"--output {output} is a file: name the folder of the run.")
     from ..data.errors import DatasetError
     from ..evaluation.records import EvaluationError
+    from ._conditions import make_conditions, read_conditions
 
     asked = {"split": split, "tasks": _names(tasks), "num_samples": _count(num_samples), "num_frames": num_frames}
     state = process_state(device)
