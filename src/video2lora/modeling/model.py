@@ -18,6 +18,7 @@ from .checkpoint import Video2LoraPreTrainedModel
 from .configuration import Video2LoraConfig
 from .hypernetwork import Hypernetwork, Padding
 from .injection import inject_lora, is_merged
+from .lengths import length_groups
 from .lora import LoraWeights, stack_lora
 from .streaming import keep_rope_deltas, stream_hidden_states
 from .targets import LoraTargets, resolve_targets
@@ -160,10 +161,28 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
                 )
 
     def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
-        """Stream the VLM's hidden states through the perceiver: `[batch, layers, modules * rank, latent_size]`."""
+        """Stream the VLM's hidden states through the perceiver: `[batch, layers, modules * rank, latent_size]`.
+
+        Videos of very unequal length are read in a few groups of similar length, whose padding is little.
+        """
         inputs = self._to_vlm(video_inputs)
         attention_mask = inputs.get("attention_mask")
-        padding = None if attention_mask is None else Padding.of(attention_mask)
+        groups = None
+        if attention_mask is not None and attention_mask.dim() == 2 and not self._is_sharded():
+            groups = length_groups(attention_mask)
+        if groups is not None:
+            with torch.no_grad():
+                embedded = embed_frames(self.vlm, inputs)
+            # of other inputs nobody knows which rows they belong to
+            if set(embedded) <= {"inputs_embeds", "input_ids", "attention_mask"}:
+                parts = [self._embed_group(group.of(embedded), group.padding) for group in groups]
+                order = torch.cat([group.rows for group in groups]).argsort()
+                return torch.cat(parts).index_select(0, order.to(parts[0].device))
+            inputs = embedded
+        return self._embed_group(inputs, None if attention_mask is None else Padding.of(attention_mask))
+
+    def _embed_group(self, inputs: dict[str, Any], padding: Padding | None) -> Tensor:
+        """The same of videos that run through the base together."""
         device = self.hypernetwork.device
         if padding is not None:
             padding = Padding(padding.mask.to(device), padding.index.to(device))
