@@ -37,6 +37,8 @@ class Video2LoraCollator:
         online_teacher: also prepare the turns with the video in their context (`teacher_inputs`).
         pack_queries: put a video's turns one behind the other in a row (`turns` of [`Video2LoraModel.forward`]), or in
             several: as wide as makes the batch smallest, 4 times the longest turn at most.
+        pixel_dtype: the base's, to which its inputs are rounded anyway: half as much then travels from the workers to
+            the device. As the processor makes them by default.
         training: whether to draw; validation takes all queries, whole videos and the processor's number of frames.
     """
 
@@ -51,6 +53,7 @@ class Video2LoraCollator:
         training: bool = True,
         num_frames_range: Sequence[int] | None = None,
         pack_queries: bool = False,
+        pixel_dtype: torch.dtype | None = None,
     ) -> None:
         self.processor = processor
         self.seed = seed
@@ -60,6 +63,7 @@ class Video2LoraCollator:
         self.num_frames_range = num_frames_range if training else None
         self.online_teacher = online_teacher
         self.pack_queries = pack_queries
+        self.pixel_dtype = pixel_dtype
         # shared with the workers, which hold copies of this collator
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -132,7 +136,7 @@ class Video2LoraCollator:
             segments = [whole] if count == 1 else self._segments(reader, whole, count, num_frames)
         turns = [self.processor.encode_turn(query["prompt"], query["response"]) for _, query in queries]
         sample: dict[str, Any] = {
-            "segments": [self.processor.encode_video(segment) for segment in segments],
+            "segments": [self._rounded(self.processor.encode_video(segment)) for segment in segments],
             "turns": turns,
             "query_ids": [(row["id"], number) for number, _ in queries],
         }
@@ -159,7 +163,15 @@ class Video2LoraCollator:
     def _teacher_turn(self, frames: VideoFrames, prompt: str, response: str) -> dict[str, Tensor]:
         """The turn with the video in its context."""
         question = self.processor.encode_video(frames, prompt, add_generation_prompt=True)
-        return self.processor.append_response(question, prompt, response)
+        return self._rounded(self.processor.append_response(question, prompt, response))
+
+    def _rounded(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs whose pixels are what the model will make of them."""
+        if self.pixel_dtype is None:
+            return inputs
+        # as the model does: a number for each video is none of the pixels
+        pixels = {name for name, value in inputs.items() if value.is_floating_point() and value.dim() > 1}
+        return {name: value.to(self.pixel_dtype) if name in pixels else value for name, value in inputs.items()}
 
     def _join(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self.pack_queries:
@@ -194,7 +206,11 @@ class Video2LoraCollator:
         """Something to run on where no video of a batch could be read."""
         frames = self.processor.load_video(torch.full((1, 8, 8, 3), 128, dtype=torch.uint8))
         turn = self.processor.encode_turn("?", "?")
-        sample = {"segments": [self.processor.encode_video(frames)], "turns": [turn], "query_ids": [("", 0)]}
+        sample = {
+            "segments": [self._rounded(self.processor.encode_video(frames))],
+            "turns": [turn],
+            "query_ids": [("", 0)],
+        }
         return sample | ({"teacher": [self._teacher_turn(frames, "?", "?")]} if self.online_teacher else {})
 
     def _random(self, row_id: str) -> random.Random:

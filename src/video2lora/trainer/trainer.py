@@ -77,6 +77,7 @@ class Video2LoraTrainer(Trainer):
     ) -> None:
         self.processor = processing_class or Video2LoraProcessor.from_config(model.config)
         options: dict[str, Any] = {"seed": args.seed, "online_teacher": args.teacher == "online"}
+        options["pixel_dtype"] = model.vlm.dtype
         if args.pack_queries:
             check_turns_fit(model.vlm)
             options["pack_queries"] = True
