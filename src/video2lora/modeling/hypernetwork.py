@@ -213,13 +213,21 @@ class Hypernetwork(nn.Module):
             )
         static_rank = self.rank if self.use_static_lora else 0
 
+        rows = [row for row, count in enumerate(counts) for _ in range(count)]
+        places = [place for count in counts for place in range(count)]
+        # one copy for all adapters: a hundred small ones a step are launches and little else
+        row, place, end = (
+            torch.tensor(numbers).to(generated.device, non_blocking=True) for numbers in (rows, places, counts)
+        )
+
         def join(tensors: Tensor, static: Tensor | None) -> Tensor:
-            adapters = []
-            for part in tensors.split(counts):
-                rows = list(part.unbind(0)) + ([static.to(part)] if static is not None else [])
-                rows.append(part.new_zeros(part.shape[1], (max(counts) - len(part)) * self.rank, part.shape[3]))
-                adapters.append(torch.cat(rows, dim=1))
-            return torch.stack(adapters)
+            _, layers, rank, width = tensors.shape
+            blocks = max(counts) + (static is not None)
+            joined = tensors.new_zeros(len(counts), layers, blocks, rank, width)
+            joined[row, :, place] = tensors
+            if static is not None:
+                joined[torch.arange(len(counts), device=end.device), :, end] = static.to(tensors)
+            return joined.flatten(2, 3)
 
         static = self.use_static_lora
         return LoraWeights(
