@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 train_hypernetwork.py ...    (on two GPUs)
 
 Run it again to go on: it stops after `--minutes` with a checkpoint, and the schedule counts steps: constant after the
-warm-up, falling to nothing over the last third, so how many there are may be decided till then. Clips are drawn in
-the data loader's workers and never the same twice; what is asked about them leaves out two kinds of question and all
+warm-up, falling to nothing over the last third, so how many there are may be decided till then. Clips are never the
+same twice, and drawn where the model is (clips.py); what is asked about them leaves out two kinds of question and all
 held-out phrasings, to see what an adapter knows that it was never trained to say.
 """
 
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from clips import SceneClips, SceneTrainer
 from torch.utils.data import Dataset
 from transformers import AutoProcessor, TrainerCallback
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.data.moving_shapes import TASKS, MovingShapes
-from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
+from video2lora.trainer import Video2LoraTrainingArguments
 
 ENDLESS = 10**8  # clips: more than any run draws
 HELD_OUT_TASKS = ("existence", "size")
@@ -37,7 +38,7 @@ def main() -> None:
     queries = {"queries_per_video": options.queries, "tasks": options.tasks}
     train = VariedClips(ENDLESS, seed=options.seed, lengths=options.lengths, **queries)
     validation = MovingShapes("validation", options.validation, queries_per_video=None, tasks=options.tasks)
-    trainer = Video2LoraTrainer(
+    trainer = SceneTrainer(
         model,
         arguments(options),
         train_dataset=train,
@@ -137,7 +138,7 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
 
 
 class VariedClips(Dataset):
-    """Training rows whose clips have different numbers of frames; a row's own follows from its number.
+    """Training rows of [`SceneClips`] of different numbers of frames; a row's own follows from its number.
 
     Args:
         size: rows.
@@ -146,7 +147,7 @@ class VariedClips(Dataset):
     """
 
     def __init__(self, size: int, lengths: list[int], **options: Any) -> None:
-        self.parts = [MovingShapes("train", size, num_frames=length, **options) for length in lengths]
+        self.parts = [SceneClips("train", size, num_frames=length, **options) for length in lengths]
 
     def __len__(self) -> int:
         return len(self.parts[0])
