@@ -19,7 +19,12 @@ from video2lora.trainer.collator import Video2LoraCollator
 RECIPE = Path(__file__).parents[1] / "examples" / "moving_shapes"
 NAMES = ["small_vlm", "clips", "train_hypernetwork"]
 LENGTHS = [12, 24, 48, 96]
-DRAWN = {"composition_probability": 0.5, "max_segments": 8, "num_frames_range": [6, 48], "pack_queries": True}
+DRAWN: dict[str, Any] = {
+    "composition_probability": 0.5,
+    "max_segments": 8,
+    "num_frames_range": [6, 48],
+    "pack_queries": True,
+}
 
 
 @pytest.fixture(scope="module")
