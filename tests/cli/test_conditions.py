@@ -54,6 +54,9 @@ def test_what_is_written_is_meant(text: str, expected: Any) -> None:
         ("lora_from_zero:steps=2.5", "steps is 2.5, expected int"),
         ("lora_from_zero:steps=many", "steps is 'many', expected int"),
         ("lora_from_zero:prompts=[", "no YAML"),
+        ("lora_from_zero:steps=2,seed=1,steps=3", "steps stands twice"),
+        ("lora_from_zero:steps=", "steps has no value; leave it out"),
+        ("caption:prompt= ,max_new_tokens=2", "prompt has no value"),
         ("no_adapter:steps=3", "no_adapter has no options"),
     ],
 )
@@ -84,6 +87,7 @@ def test_options_reach_the_run_and_its_record(
         ("lora_from_zero:steps=-1", "steps=-1"),
         ("lora_from_zero:steps=null", "--condition lora_from_zero"),
         ("adapter:keep_segments=3", "--condition adapter"),
+        ("lora_from_zero:prompts=[Name it: a colour]", "a list of prompts (texts)"),  # YAML reads a mapping
         ("video", "each once, got video, video"),
         ("videos", "there is no condition 'videos'"),
     ],

@@ -371,10 +371,13 @@ def test_names_and_settings(samples):
         ("adapter", {"segments": 2, "keep_segments": [2]}),
         ("adapter", {"segments": 2, "keep_segments": [0, 0]}),
         ("adapter", {"segments": 2, "keep_segments": []}),
+        ("adapter", {"segments": 2, "keep_segments": [0.0, 1.0]}),
+        ("adapter", {"segments": 2, "keep_segments": ["0"]}),
         ("caption", {"max_new_tokens": 0}),
         ("lora_from_zero", {"steps": -1}),
         ("lora_from_zero", {"learning_rate": 0.0}),
         ("lora_from_adapter", {"prompts": "one text"}),
+        ("lora_from_adapter", {"prompts": ["a text", {"of": "YAML"}]}),
     ],
 )
 def test_options_that_make_no_sense_are_refused(name, options):

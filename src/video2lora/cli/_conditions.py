@@ -41,6 +41,10 @@ def read_conditions(texts: Sequence[str]) -> list[Asked]:
             if not known:
                 raise CommandError(f"{where}: {name} has no options.")
             check_keys([key], known, where, "option")
+            if key in options:
+                raise CommandError(f"{where}: {key} stands twice.")
+            if not value:
+                raise CommandError(f"{where}: {key} has no value; leave it out for its default.")
             if known[key] != "str":
                 options[key] = checked_value(parse_yaml(value, where), known[key], f"{where}: {key}")
             else:

@@ -65,7 +65,8 @@ class AdapterCondition(Internalizing):
     ) -> None:
         super().__init__(model, processor)
         keep = list(range(segments)) if keep_segments is None else list(keep_segments)
-        if segments < 1 or not keep or len(set(keep)) < len(keep) or not all(0 <= place < segments for place in keep):
+        exist = all(isinstance(place, int) and 0 <= place < segments for place in keep)
+        if segments < 1 or not keep or len(set(keep)) < len(keep) or not exist:
             raise ValueError(
                 f"segments={segments} and keep_segments={keep_segments}: expected at least one segment and different "
                 f"ones of 0..{segments - 1} to keep."

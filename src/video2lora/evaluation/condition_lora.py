@@ -48,7 +48,7 @@ class FineTunedCondition(VideoInContext, Internalizing):
         seed: of the random factors, with the sample's id.
 
     Raises:
-        ValueError: a number makes no sense, or no prompts.
+        ValueError: a number makes no sense, or there are no prompts or others than texts.
     """
 
     def __init__(
@@ -62,10 +62,11 @@ class FineTunedCondition(VideoInContext, Internalizing):
         seed: int = 0,
     ) -> None:
         super().__init__(model, processor)
-        if steps < 0 or not learning_rate > 0 or max_new_tokens < 1 or isinstance(prompts, str) or not prompts:
+        texts = not isinstance(prompts, str) and bool(prompts) and all(isinstance(prompt, str) for prompt in prompts)
+        if steps < 0 or not learning_rate > 0 or max_new_tokens < 1 or not texts:
             raise ValueError(
                 f"steps={steps}, learning_rate={learning_rate}, max_new_tokens={max_new_tokens}, prompts={prompts!r}: "
-                "expected steps of 0 or more, a positive rate, at least one token and a list of prompts."
+                "expected steps of 0 or more, a positive rate, at least one token and a list of prompts (texts)."
             )
         self.steps, self.learning_rate, self.prompts = steps, learning_rate, tuple(prompts)
         self.max_new_tokens, self.seed = max_new_tokens, seed
