@@ -154,6 +154,30 @@ def test_segments_add_up_with_the_static_part_once():
     torch.testing.assert_close(delta(folded, 0, "q_proj", 1), delta(joined, 0, "q_proj", 1), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_generated_parts_are_combined_in_their_own_dtype():
+    hypernetwork = awaken(fresh())
+    generated = hypernetwork.generate_weights(torch.randn(3, 3, 6, SMALL["latent_size"]))
+    joined = hypernetwork.combine(generated.to(dtype=torch.bfloat16), [1, 2])
+    expected = hypernetwork.combine(generated, [1, 2]).to(dtype=torch.bfloat16)
+    assert_same_lora(joined, expected, atol=0)
+
+
+def test_gradients_of_combined_segments_reach_each_once():
+    hypernetwork = awaken(fresh())
+    generated = hypernetwork.generate_weights(torch.randn(3, 3, 6, SMALL["latent_size"]))
+    joined = hypernetwork.combine(generated, [2, 1])
+    parts = list(generated.lora_A.values()) + list(generated.lora_B.values())
+    whole = [*joined.lora_A.values(), *joined.lora_B.values()]
+    for part, grad in zip(
+        parts, torch.autograd.grad(sum(w.sum() for w in whole), parts, retain_graph=True), strict=True
+    ):
+        assert torch.equal(grad, torch.ones_like(part))
+    statics = [*hypernetwork.bias_A.values(), *hypernetwork.bias_B.values()]
+    for static, grad in zip(statics, torch.autograd.grad(sum(w.sum() for w in whole), statics), strict=True):
+        assert torch.equal(grad, torch.full_like(static, 2.0)), "one of each adapter"
+
+
 @pytest.mark.parametrize("counts", [[1, 1], [2, 2], [3, 0], [-1, 4], []])
 def test_segment_counts_that_do_not_add_up(counts):
     with pytest.raises(ValueError, match="add up to the 3 segments"):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from video2lora.modeling import Video2LoraModel, Video2LoraProcessor, lengths
 from video2lora.modeling import model as modeling
-from video2lora.modeling.lengths import group_by_length
+from video2lora.modeling.lengths import group_by_length, length_groups
 from video2lora.testing import tiny_idefics3, tiny_qwen2_5_vl, tiny_smolvlm
 
 from .helpers import SMALL, awaken
@@ -29,6 +29,32 @@ def test_groups():
     size = sum(max(spread[row] for row in group) * len(group) for group in groups)
     assert size * 0.75 <= sum(spread) < 300 * max(spread) * 0.75
     assert all(group == sorted(group) for group in groups)
+
+
+def test_every_pass_is_worth_its_launches():
+    assert group_by_length([700, 1000, 300, 300, 3000, 100]) == [[2, 3, 5], [0, 1, 4]], "two more spare 4200 tokens"
+    mixed = [100, 1000, 1000, 2000, 100, 300, 1000, 6000, 1000, 6000, 700, 3000]
+    assert len(group_by_length(mixed)) == 3, "a fourth spares 300"
+    doubling = [100 * 2 ** (i % 7) for i in range(70)]
+    found = [sorted({doubling[row] for row in group}) for group in group_by_length(doubling)]
+    assert found == [[100, 200], [400, 800], [1600], [3200, 6400]], "parted evenly in factors"
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_a_groups_columns_are_those_of_its_tokens(left):
+    lengths = [10, 5000, 12]
+    mask = torch.zeros(3, 5003, dtype=torch.long)
+    for row, length in zip(mask, lengths, strict=True):
+        row[5000 - length : 5000] = 1
+    mask = mask if left else mask.flip(1)
+    short, long = length_groups(mask)
+    assert short.rows.tolist() == [0, 2] and long.rows.tolist() == [1]
+    assert short.end - short.start == 12 and long.end - long.start == 5000 and long.padding is None
+    assert torch.equal(short.padding.mask, mask[[0, 2], short.start : short.end].bool())
+    assert short.of({"mask": mask})["mask"].sum(1).tolist() == [10, 12]
+    assert length_groups(torch.ones(1, 9000)) is None
+    mask[0] = 0
+    assert length_groups(mask) is None, "a row without tokens"
 
 
 @pytest.fixture

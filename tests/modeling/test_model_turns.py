@@ -35,6 +35,7 @@ def test_each_token_sees_what_came_before_it_in_its_turn(implementation, vlm):
 
 def test_labels_belong_to_their_turns():
     labels = torch.tensor([[5, 5, -100, 5, 5, 5], [5, 5, 5, 5, -100, -100]])
+    labels[1, 4:] = 7  # padding, of no turn
     labelled = Labelled.of(labels, TURNS)
     assert list(zip(labelled.rows.tolist(), labelled.columns.tolist(), strict=True)) == [(0, 0), (0, 4), (1, 1)]
     assert labelled.queries.tolist() == [0, 2, 4] and labelled.num_queries == 5
@@ -69,6 +70,7 @@ def test_the_base_alone_answers_turns_as_rows(vlm):
 )
 def test_bases_that_cannot_keep_turns_apart_are_refused(name, value, match, monkeypatch):
     vlm, _ = tiny_smolvlm()
+    monkeypatch.setattr(vlm.config.get_text_config(), "sliding_window", 6, raising=False)
     turn_inputs(vlm, TURNS)
     monkeypatch.setattr(vlm.config.get_text_config(), name, value, raising=False)
     with pytest.raises(ValueError, match=f"{match}.*pack_queries=False"):

@@ -47,7 +47,7 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """
     least, most = max(1, min(lengths)), max(lengths)
     best, real = [list(range(len(lengths)))], sum(lengths)
-    size = whole = most * len(lengths)
+    size = most * len(lengths)
     for count in range(2, MOST_GROUPS + 1):
         if size - real <= MOST_PADDING * size:
             break
@@ -56,7 +56,7 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
         groups = [[row for row, place in enumerate(places) if place == part] for part in range(count)]
         groups = [group for group in groups if group]
         taken = sum(max(lengths[row] for row in group) * len(group) for group in groups)
-        if taken < size and whole - taken >= TOKENS_WORTH_A_PASS * (len(groups) - 1):
+        if taken < size and size - taken >= TOKENS_WORTH_A_PASS * (len(groups) - len(best)):
             best, size = groups, taken
     return best
 
@@ -68,8 +68,9 @@ def length_groups(attention_mask: Tensor) -> list[LengthGroup] | None:
         attention_mask: `[batch, tokens]`, padded on either side.
     """
     mask = attention_mask.bool().cpu()
-    grouped = group_by_length(mask.sum(1).tolist())
-    if len(grouped) == 1:
+    lengths = mask.sum(1).tolist()
+    grouped = group_by_length(lengths)
+    if len(grouped) == 1 or not all(lengths):  # a row without tokens has no columns of its own
         return None
     found = []
     for rows in grouped:
