@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from video2lora.modeling import Video2LoraModel
+from video2lora.modeling.hashing import HashedTensors
 
 from .helpers import SMALL, awaken
 
@@ -82,3 +83,50 @@ def test_a_model_that_was_hashed_is_copied_and_pickled(model):
             next(other.hypernetwork.parameters()).data.add_(1)
         assert other.hypernetwork_identity() != digest
     assert model.hypernetwork_identity() == digest
+
+
+def test_one_value_written_where_none_is_sampled_is_seen_by_the_version():
+    weight = torch.zeros(10_000)
+    hashed = HashedTensors({"weight": weight})
+    assert hashed.is_of({"weight": weight})
+    weight[1] = 1
+    assert not hashed.is_of({"weight": weight})
+
+
+def test_another_tensor_in_the_same_place_is_not_the_one_that_was_hashed():
+    weight = torch.zeros(4)
+    hashed = HashedTensors({"weight": weight})
+    other = weight.detach()  # the same memory, version counter and values
+    assert not hashed.is_of({"weight": other})
+    del weight
+    assert not hashed.is_of({"weight": other})
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (256, 256), (512, 1024), (960, 960), (2048, 128), (32, 4096), (16, 4096), (9, 300), (4000,)]
+)
+def test_rows_and_columns_changed_behind_autograds_back_are_seen(shape, dim, part):
+    weight = torch.zeros(shape)
+    hashed = HashedTensors({"weight": weight})
+    weight.data.tensor_split(4, dim)[part].add_(1)
+    assert not hashed.is_of({"weight": weight})
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (2, 3), (1, 1, 5), (64,), (64, 1), (1, 100)])
+def test_small_and_empty_tensors(shape):
+    weight = torch.zeros(shape)
+    hashed = HashedTensors({"weight": weight})
+    weight.data.add_(1)
+    assert hashed.is_of({"weight": weight}) == (weight.numel() == 0)
+
+
+def test_the_digest_is_of_names_and_values():
+    values = torch.arange(3.0)
+    digests = {
+        HashedTensors({name: tensor}).digest
+        for name, tensor in [("a", values), ("b", values), ("a", values + 1), ("a", values.bfloat16())]
+    }
+    assert len(digests) == 4
+    assert HashedTensors({"a": values.clone()}).digest in digests

@@ -44,9 +44,20 @@ def _places(tensors: dict[str, Tensor]) -> list[tuple[str, int, int | None]]:
 
 
 def _sample(tensors: dict[str, Tensor]) -> bytes:
-    """About a hundred values of each tensor, at a distance that is odd, so that they are not all of one column."""
-    parts = [t.detach().reshape(-1)[:: (t.numel() // 64) | 1].to(torch.float32) for t in tensors.values()]
+    """About a hundred values of each tensor, from rows and columns all over it."""
+    parts = [t.detach().reshape(-1)[:: _distance(t)].to(torch.float32) for t in tensors.values()]
     return b"".join(part.cpu().numpy().tobytes() for part in _by_device(parts))
+
+
+def _distance(tensor: Tensor) -> int:
+    """Between sampled values, about a 64th of them all, which by itself is whole rows or a simple part of a row.
+
+    All would be of a few columns: each lies a golden section (of a row, or of the distance) beside those above.
+    """
+    distance, width = tensor.numel() // 64, tensor.shape[-1] if tensor.dim() else 1
+    if distance >= width > 0:
+        return distance - distance % width + int(0.618 * width)
+    return max(int(width / (width // distance + 0.618)), 1) if distance else 1
 
 
 def _by_device(parts: list[Tensor]) -> list[Tensor]:
