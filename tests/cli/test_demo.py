@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,17 @@ def test_it_keeps_an_adapter_that_peft_loads(run: Run, tmp_path: Path) -> None:
     assert PeftModel.from_pretrained(base, str(out / "adapter")).peft_config["default"].r == document["adapter_rank"]
     asked = run("ask", out / "adapter", QUESTION, "--max-new-tokens", 16, "--json")
     assert json.loads(asked.stdout)["answers"][0]["answer"] == answer["adapter"]
+
+
+def test_what_it_says_next_can_be_pasted(run: Run, tmp_path: Path) -> None:
+    out, question = tmp_path / "my demo", 'What is "it", and does it move?'
+    result = run("demo", "-o", out, "--question", question, "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("Ask it more: "))
+    assert shlex.split(line)[3:] == ["video2lora", "ask", str(out / "adapter"), question]
+    again = run("demo", "-o", out)
+    assert again.exit_code == 2 and "exists already: choose another --output." in again.stderr
+    assert "--overwrite" not in again.stderr  # which it does not have
 
 
 def test_it_takes_a_video_and_a_model_and_says_what_is_noise(run: Run, clip: Path, model_dir: Path) -> None:

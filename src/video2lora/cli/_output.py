@@ -102,19 +102,23 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def check_output(output: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], kind: str) -> None:
+def check_output(
+    output: Path, *, overwrite: bool = False, replaceable: Callable[[Path], bool] | None = None, kind: str = ""
+) -> None:
     """Refuse an output directory that could not be written in the end, before anything expensive.
 
     Args:
         output: the directory.
         overwrite: whether it may be replaced.
-        replaceable: tells whether an existing directory holds nothing but `kind`.
+        replaceable: tells whether an existing directory holds nothing but `kind`; a command without replaces nothing.
         kind: what may be replaced.
 
     Raises:
         CommandError: it exists and may not be replaced, or nothing can be written there.
     """
     if output.exists() or output.is_symlink():
+        if replaceable is None:
+            raise CommandError(f"{output} exists already: choose another --output.")
         if not overwrite:
             raise CommandError(f"{output} exists already: choose another --output, or pass --overwrite.")
         if not output.is_dir() or not replaceable(output):

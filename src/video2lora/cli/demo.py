@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import sys
 import tempfile
@@ -76,7 +77,7 @@ def demo(
     trained model's answers are marked: right is what is right word for word.
     """
     if output is not None:
-        check_output(output, overwrite=False, replaceable=lambda _: False, kind="")
+        check_output(output)
     if video is not None:
         from ..video import probe_video
 
@@ -292,7 +293,8 @@ def _show(document: dict[str, Any]) -> None:
             typer.echo(f"It is kept, with its base: {load}")
         else:
             typer.echo("It is kept.")
-        typer.echo(f'Ask it more: video2lora ask {adapter} "{document["answers"][0]["question"]}"')
+        words = ["video2lora", "ask", str(adapter), document["answers"][0]["question"]]
+        typer.echo(f"Ask it more: {shlex.join(words)}")
     else:
         typer.echo("Keep it, with the clip, by --output DIRECTORY.")
 
