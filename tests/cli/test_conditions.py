@@ -27,6 +27,7 @@ def rows_file(clip: Path, tmp_path: Path) -> Path:
         ("no_adapter", ("no_adapter", {})),
         ("lora_from_zero:steps=5", ("lora_from_zero", {"steps": 5})),
         ("lora_from_zero:steps=0,learning_rate=1e-3", ("lora_from_zero", {"steps": 0, "learning_rate": 0.001})),
+        ("lora_from_zero:steps=5, seed = 3", ("lora_from_zero", {"steps": 5, "seed": 3})),
         ("lora_from_zero: learning_rate = 1", ("lora_from_zero", {"learning_rate": 1.0})),
         (
             'lora_from_zero:prompts=["What, then?", x],seed=3',

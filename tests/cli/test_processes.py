@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def test_the_cpu_is_taken_if_asked_for(
         monkeypatch.setenv("ACCELERATE_USE_CPU", variable)
     state: Any = process_state(device)
     assert state.asked["cpu"] == cpu
+
+
+def test_processes_wait_for_each_other_for_hours(launched: None) -> None:
+    state: Any = process_state(None)
+    assert state.asked["timeout"] >= timedelta(days=1)  # torch's own half hour ends a run whose shards are unequal
 
 
 def test_one_device_for_several_processes_is_refused(launched: None) -> None:
