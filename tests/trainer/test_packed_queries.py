@@ -14,6 +14,7 @@ from video2lora.data import load_rows
 from video2lora.modeling import Video2LoraModel, Video2LoraProcessor, turns
 from video2lora.testing import save_tiny_vlm
 from video2lora.trainer import Video2LoraCollator
+from video2lora.trainer.collator import _rows
 from video2lora.trainer.teacher import teach
 
 from .runs import SGD, DrawnSquares, losses, make_model, make_trainer, run_training, saved, succeed, weights
@@ -36,6 +37,33 @@ def many(rows) -> list[dict[str, Any]]:
         | {"conversations": [{"prompt": f"{i}?" * (1 + i % 4), "response": "no " * (1 + 3 * i % 5)} for i in range(n)]}
         for row, n in zip(rows, counts, strict=False)
     ]
+
+
+@pytest.fixture(scope="module")
+def unequal(rows) -> list[dict[str, Any]]:
+    """Rows with a long answer and some short ones, which share rows (turns of like length hardly do)."""
+    return [row | {"conversations": unequal_queries(i)} for i, row in enumerate(rows)]
+
+
+def unequal_queries(i: int) -> list[dict[str, str]]:
+    short = [{"prompt": f"{i} {j}?", "response": "no " * (1 + (i + j) % 2)} for j in range(2 + i % 3)]
+    return [*short[:1], {"prompt": f"{i}?", "response": "yes and " * 12 + str(i)}, *short[1:]]
+
+
+class Drawn(DrawnSquares):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | {"queries": unequal_queries(index)}
+
+
+@pytest.fixture
+def turns_in_rows(monkeypatch) -> list[int]:
+    """Filled with the number of turns of every row that is trained or evaluated on."""
+    seen: list[int] = []
+    count = turns.rows_per_video
+    monkeypatch.setattr(
+        "video2lora.modeling.model.rows_per_video", lambda rows, queries: seen.extend(rows) or count(rows, queries)
+    )
+    return seen
 
 
 def both(model: Video2LoraModel, rows: Any, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,6 +178,13 @@ def test_rows_are_of_similar_length(tiny_vlm_dir, many):
     assert real > 0.8 > 0.75 > apart["attention_mask"].float().mean()
 
 
+def test_turns_fill_rows_to_their_end():
+    turn = ([0] * 10, [0] * 10)
+    assert _rows([[turn] * 4]) == [[4]]
+    assert _rows([[turn] * 30]) == [[3] * 10], "four times the longest at most"
+    assert _rows([[turn], [turn] * 2, [turn] * 3]) == [[1], [1, 1], [1, 1, 1]], "the fewest tokens"
+
+
 def test_a_batch_with_nothing_left_packs_its_dummy(tiny_vlm_dir, broken):
     bad = [{"id": "bad", "video": broken, "conversations": [{"prompt": "p", "response": "r"}]}]
     packed, apart = both(make_model(tiny_vlm_dir), bad, online_teacher=True)
@@ -161,13 +196,14 @@ RUN: dict[str, Any] = {"composition_probability": 0.5, "max_steps": 3, "per_devi
 
 
 @pytest.mark.parametrize("kind", ["rows", "stream", "drawn", "online", "stored", "accumulated"])
-def test_a_run_trains_and_evaluates_as_unpacked(kind, base, rows, tmp_path):
+def test_a_run_trains_and_evaluates_as_unpacked(kind, base, unequal, turns_in_rows, tmp_path):
+    rows = unequal
     settings: dict[str, Any] = RUN | {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}
     data: Any = rows
     if kind == "stream":
         data = IterableDataset.from_generator(lambda: iter(rows))
     elif kind == "drawn":
-        data = DrawnSquares()
+        data = Drawn()
     elif kind == "accumulated":
         settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
     elif kind == "online":
@@ -180,7 +216,10 @@ def test_a_run_trains_and_evaluates_as_unpacked(kind, base, rows, tmp_path):
     for pack in (True, False):
         trainer = make_trainer(base, tmp_path / str(pack), data, eval_rows=rows[:7], pack_queries=pack, **settings)
         trainer.train()
+        trained_on = len(turns_in_rows)
         found.append((losses(trainer), trainer.evaluate()["eval_loss"], weights(trainer.model)))
+        if pack:
+            assert max(turns_in_rows[:trained_on]) > 1 and max(turns_in_rows[trained_on:]) > 1, "nothing was packed"
     (ours, evaluated, trained), (theirs, expected, as_trained) = found
     assert len(ours) == 3 and ours == pytest.approx(theirs, rel=1e-5) and len(set(ours)) > 1
     assert evaluated == pytest.approx(expected, rel=1e-5)
@@ -190,8 +229,9 @@ def test_a_run_trains_and_evaluates_as_unpacked(kind, base, rows, tmp_path):
     assert any((trained[name] - start[name]).abs().max() > 1e-3 for name in trained)
 
 
-def test_two_processes_train_as_one_unpacked(tiny_vlm_dir, rows, tmp_path):
+def test_two_processes_train_as_one_unpacked(tiny_vlm_dir, unequal, tmp_path):
     """Queries are counted, not rows."""
+    rows = unequal
     settings = RUN | {"base": str(tiny_vlm_dir), "rows": rows}
     packed = settings | {"output": str(tmp_path / "two"), "per_device_train_batch_size": 2, "pack_queries": True}
     ours = saved(succeed(run_training, tmp_path / "results", processes=2, settings=packed))
