@@ -129,14 +129,19 @@ def test_compiled_layers_take_the_same_step_in_every_form(modules, tokenizer):
     small_vlm, train_vlm = modules[1:3]
     data, device = modules[0].ShapesBatches(tokenizer, tokens=900), torch.device("cpu")
     eager, compiled = (
-        train_vlm.VlmTrainer(small_vlm.build_vlm(tokenizer), 10, 1e-3, backend=backend)
-        for backend in (None, "eager")
+        train_vlm.VlmTrainer(small_vlm.build_vlm(tokenizer), 10, 1e-3, backend=backend) for backend in (None, "eager")
     )
+    for trainer in (eager, compiled):  # a layer of each kind tells it all
+        inner = trainer.model.model
+        inner.text_model.layers, inner.vision_model.encoder.layers = (
+            inner.text_model.layers[:1],
+            inner.vision_model.encoder.layers[:1],
+        )
     batches = [
         next(data[i] for i in range(0, 100, 2) if (data[i]["form"].num_frames == 12) is usual)
         for usual in (True, False)
     ]
-    for batch in batches * 2:
+    for batch in batches:
         torch.testing.assert_close(compiled.train_step(batch, device), eager.train_step(batch, device))
         torch.testing.assert_close(compiled.norm, eager.norm)
 
