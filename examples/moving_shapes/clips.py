@@ -8,7 +8,7 @@ against those of the library's own collator.)
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -206,15 +206,11 @@ class SceneCollator(Video2LoraCollator):
     def _sample(
         self, row: Mapping[str, Any], queries: Sequence[tuple[int, Mapping[str, str]]], draw: random.Random
     ) -> dict[str, Any]:
-        count = 1
-        if draw.random() < self.composition_probability:
-            count = draw.randint(2, self.max_segments)
-        num_frames = self._num_frames(draw)
         clip: SceneClip = row["video"]
         reader: Any = ClipReader(len(clip))
-        whole = reader.sample(num_frames=num_frames, start=row.get("start"), end=row.get("end"))
-        segments: Iterable[Any] = [whole] if count == 1 else self._segments(reader, whole, count, num_frames)
-        indices = [segment.indices for segment in segments]
+        _, segments = self._read(reader, row, draw)
+        sampled: Sequence[Any] = segments
+        indices = [segment.indices for segment in sampled]
         ids = [self.prompts(seconds, len(clip)) for seconds in indices]
         return {
             "segments": [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids],

@@ -126,14 +126,8 @@ class Video2LoraCollator:
         self, row: Mapping[str, Any], queries: Sequence[tuple[int, Mapping[str, str]]], draw: random.Random
     ) -> dict[str, Any]:
         """One row: its segments' inputs and its turns' tokens."""
-        count = 1
-        if draw.random() < self.composition_probability:
-            count = draw.randint(2, self.max_segments)
-        num_frames = self._num_frames(draw)
         with VideoReader(row["video"], longest_edge=self.processor.longest_edge) as reader:
-            span = {"start": row.get("start"), "end": row.get("end")}
-            whole = reader.sample(num_frames=num_frames, **span)
-            segments = [whole] if count == 1 else self._segments(reader, whole, count, num_frames)
+            whole, segments = self._read(reader, row, draw)
         turns = [self.processor.encode_turn(query["prompt"], query["response"]) for _, query in queries]
         sample: dict[str, Any] = {
             "segments": [self._rounded(self.processor.encode_video(segment)) for segment in segments],
@@ -143,6 +137,17 @@ class Video2LoraCollator:
         if self.online_teacher:
             sample["teacher"] = [self._teacher_turn(whole, query["prompt"], query["response"]) for _, query in queries]
         return sample
+
+    def _read(
+        self, reader: VideoReader, row: Mapping[str, Any], draw: random.Random
+    ) -> tuple[VideoFrames, list[VideoFrames]]:
+        """The row's span, and what is read of it: the span itself, or its segments, to be composed."""
+        count = 1
+        if draw.random() < self.composition_probability:
+            count = draw.randint(2, self.max_segments)
+        num_frames = self._num_frames(draw)
+        whole = reader.sample(num_frames=num_frames, start=row.get("start"), end=row.get("end"))
+        return whole, [whole] if count == 1 else self._segments(reader, whole, count, num_frames)
 
     def _num_frames(self, draw: random.Random) -> int:
         """Frames of this video, or of each of its segments: log-uniform, so that every doubling is as likely."""
