@@ -1,10 +1,14 @@
 """Shared fixtures, and the environment, set before anything imports torch or transformers: no network, no cache."""
 
 import atexit
+import importlib
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -39,6 +43,20 @@ def shared_dir() -> Path:
 def parity_dir() -> Path:
     """Inputs, weights and outputs of the published implementation at a small size (tests/parity/README.md)."""
     return REPOSITORY / "tests" / "parity"
+
+
+@pytest.fixture(scope="module")
+def recipe_module() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of examples/moving_shapes by its name; another test file gets modules of its own."""
+    folder = str(REPOSITORY / "examples" / "moving_shapes")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(folder)
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None) or "").startswith(folder):
+                sys.modules.pop(name)
 
 
 @pytest.fixture(scope="session")

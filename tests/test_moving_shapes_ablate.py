@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -24,14 +23,8 @@ STEPS, CLIPS = 3, 4
 
 
 @pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(RECIPE))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+def modules(recipe_module):
+    return SimpleNamespace(**{name: recipe_module(name) for name in NAMES})
 
 
 def call(module: Any, *arguments: Any) -> None:

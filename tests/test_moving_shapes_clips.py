@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import sys
 from pathlib import Path
@@ -28,14 +27,8 @@ DRAWN: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(RECIPE))
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+def recipe(recipe_module):
+    return {name: recipe_module(name) for name in NAMES}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -27,14 +26,8 @@ NAMES = ["small_vlm", "batches", "train_hypernetwork", "proof_runs", "proof_numb
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(RECIPE))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+def recipe(recipe_module):
+    return SimpleNamespace(**{name: recipe_module(name) for name in NAMES})
 
 
 @pytest.fixture(scope="module")

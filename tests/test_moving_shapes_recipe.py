@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -19,14 +18,8 @@ NAMES = ["batches", "small_vlm", "train_vlm", "train_hypernetwork", "export"]
 
 
 @pytest.fixture(scope="module")
-def modules():
-    sys.path.insert(0, str(RECIPE))
-    try:
-        yield [importlib.import_module(name) for name in NAMES]
-    finally:
-        sys.path.remove(str(RECIPE))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+def modules(recipe_module):
+    return [recipe_module(name) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
