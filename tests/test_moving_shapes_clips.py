@@ -12,18 +12,13 @@ import torch
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.data.moving_shapes import MovingShapes, vocabulary_texts
+from video2lora.data.moving_shapes.dataset import SceneClip
 from video2lora.trainer import Video2LoraTrainer
 from video2lora.trainer.collator import Video2LoraCollator
 
 RECIPE = Path(__file__).parents[1] / "examples" / "moving_shapes"
-NAMES = ["small_vlm", "clips", "train_hypernetwork"]
+NAMES = ["small_vlm", "batches", "proof_runs", "clips", "train_hypernetwork"]
 LENGTHS = [12, 24, 48, 96]
-DRAWN: dict[str, Any] = {
-    "composition_probability": 0.5,
-    "max_segments": 8,
-    "num_frames_range": [6, 48],
-    "pack_queries": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +33,9 @@ def processor(recipe):
     return Video2LoraProcessor(ordinary, num_frames=12, longest_edge=64, prompt_timestamps="file")
 
 
-@pytest.fixture(scope="module")
-def rows(recipe):
-    clips = recipe["train_hypernetwork"].VariedClips(10**6, LENGTHS, queries_per_video=4)
-    return [clips[i] for i in range(48)]
+def rows_of(recipe: Any, form: Any, number: int = 6) -> list[dict[str, Any]]:
+    clips = recipe["clips"].SceneClips("train", 10**6, num_frames=form.length, queries_per_video=4)
+    return [clips[i] | {"form": form} for i in range(number)]
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +46,88 @@ def vlm(recipe, processor, tmp_path_factory):
     return folder
 
 
+class Cutting(Video2LoraCollator):
+    """The library's collator, told into how many segments a row is cut instead of drawing it."""
+
+    def _read(self, reader: Any, row: Any, draw: Any) -> Any:
+        whole = reader.sample(num_frames=self.processor.num_frames)
+        count = row["form"].segments
+        return whole, [whole] if count == 1 else self._segments(reader, whole, count, self.processor.num_frames)
+
+
+def ordinary(recipe: Any, processor: Any, form: Any, **options: Any) -> Video2LoraCollator:
+    """The library's collator for a form."""
+    return Cutting(recipe["proof_runs"].ShapesProcessor.of(processor, form.num_frames, form.longest_edge), **options)
+
+
 def compare(mine: dict[str, Any], theirs: dict[str, Any], dtype: torch.dtype) -> None:
     mine, theirs = dict(mine), dict(theirs)
-    frames = mine.pop("frames")
+    frames, edge = mine.pop("frames"), mine.pop("longest_edge")
     videos, expected = dict(mine.pop("video_inputs")), dict(theirs.pop("video_inputs"))
     assert expected.pop("pixel_attention_mask").all()  # of ones alone, so it may be left out
-    videos["pixel_values"] = frames.pixel_values(torch.device("cpu"), dtype)
+    videos["pixel_values"] = frames.pixel_values(torch.device("cpu"), dtype, edge)
     for given, wanted in ((mine, theirs), (videos, expected)):
         assert list(given) == list(wanted)
         for name, value in wanted.items():
-            if isinstance(value, torch.Tensor):
-                assert given[name].dtype == value.dtype and torch.equal(given[name], value), name
-            else:
+            if not isinstance(value, torch.Tensor):
                 assert given[name] == value, name
+            elif name == "pixel_values" and edge not in (None, 64):  # resized in float32, not in whole levels
+                assert given[name].shape == value.shape
+                off = (given[name] - value).abs()
+                assert off.mean() < 0.01 and off.max() < 0.3, (off.mean(), off.max())
+            else:
+                assert given[name].dtype == value.dtype and torch.equal(given[name], value), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_batches_are_those_of_the_librarys_collator(recipe, processor, rows, dtype):
-    for epoch, options in enumerate((DRAWN, DRAWN, DRAWN | {"pack_queries": False}, {"max_queries_per_video": 2})):
-        mine = recipe["clips"].SceneCollator(processor, seed=3, **options)
-        theirs = Video2LoraCollator(processor, seed=3, pixel_dtype=dtype, **options)
-        mine.set_epoch(epoch)
-        theirs.set_epoch(epoch)
-        batch = mine(rows[epoch * 12 : epoch * 12 + 12])
-        compare(batch, theirs(rows[epoch * 12 : epoch * 12 + 12]), dtype)
-        if "composition_probability" in options:
-            assert len(set(batch["segments_per_adapter"])) > 2
+FORMS = [
+    {},
+    {"length": 48},
+    {"length": 96, "num_frames": 4},
+    {"length": 48, "num_frames": 31},
+    {"length": 96, "segments": 8},
+    {"length": 48, "num_frames": 6, "segments": 5},
+    {"length": 48, "segments": 7},
+    {"length": 24, "longest_edge": 32},
+    {"longest_edge": 64},
+    {"length": 48, "longest_edge": 128},
+    {"num_frames": 2, "longest_edge": 256},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_batches_are_those_of_the_librarys_collator(recipe, processor, form):
+    form = recipe["clips"].Form(**form)
+    rows = rows_of(recipe, form)[: form.clips(6)]
+    for dtype, pack in ((torch.bfloat16, True), (torch.float32, False)):
+        theirs = ordinary(recipe, processor, form, pixel_dtype=dtype, pack_queries=pack)
+        arrays = [row | {"video": SceneClip(row["video"].scene, form.length, form.longest_edge or 64)} for row in rows]
+        batch = recipe["clips"].SceneCollator(processor, pack)(rows_of(recipe, form))
+        compare(batch, theirs(arrays), dtype)
+        assert batch["segments_per_adapter"] == [form.segments] * len(rows)
+        assert len({tuple(row.shape) for row in batch["video_inputs"]["attention_mask"]}) == 1
+
+
+def test_a_batch_of_much_work_has_fewer_clips(recipe, processor):
+    Form = recipe["clips"].Form
+    assert Form().clips(512) == Form(num_frames=36, length=36).clips(512) == 512
+    assert Form(96, 96).clips(512) == Form(96, 12, 8).clips(512) == 192
+    assert Form(longest_edge=256).pictures == 12 * 17 and Form(longest_edge=32).pictures == 12
+    batch = recipe["clips"].SceneCollator(processor)(rows_of(recipe, Form(96, 96), 6))
+    assert batch["num_videos"] == len(batch["segments_per_adapter"]) == 2 == len(batch["kept"])
+
+
+def test_forms_come_in_blocks_and_follow_from_the_number(recipe):
+    make = recipe["clips"].FormedClips
+    clips = make(4, plain=5, composition=0.3, seed=1, queries_per_video=2)
+    forms = [clips[i]["form"] for i in range(400)]
+    assert all(len({*forms[i : i + 4]}) == 1 for i in range(0, 400, 4))
+    assert {*forms[:20]} == {recipe["clips"].Form()} and len({*forms[20:]}) > 20
+    assert forms[200:] == [make(4, 5, 0.3, 1, queries_per_video=2)[i]["form"] for i in range(200, 400)]
+    assert all(len(clips[i]["video"]) == clips[i]["form"].length for i in range(0, 400, 4))
+    several = [make(1, seed=2, composition=0.3)[i]["form"] for i in range(1000)]
+    assert 0.25 < sum(form.segments > 1 for form in several) / 1000 < 0.35
+    assert {form.segments for form in several} == {*range(1, 9)}
+    assert all(form.num_frames <= form.length for form in several)
 
 
 def test_every_way_to_cut_a_clip_has_the_ordinary_prompt(recipe, processor):
@@ -94,36 +144,30 @@ def test_every_way_to_cut_a_clip_has_the_ordinary_prompt(recipe, processor):
                 for part in {0, count // 2, count - 1}:
                     start, end = length * part / count, length * (part + 1) / count
                     frames = processor.load_video(pixels, num_frames=num_frames, start=start, end=end)
-                    sampled = clips.sample(length, num_frames, start, end)
-                    assert sampled.indices == frames.timestamps
+                    sampled = clips.sample(clips.Form(length, num_frames, count), start, end)
+                    assert sampled == frames.timestamps
                     if num_frames in (6, 31):
-                        ids = prompts(sampled.indices, length)
+                        ids = prompts(sampled, length)
                         assert torch.equal(ids, processor.encode_video(frames)["input_ids"])
 
 
-def test_rows_that_are_drawn_later_are_the_benchmarks(recipe, processor, rows):
+def test_rows_that_are_drawn_later_are_the_benchmarks(recipe):
+    clips = recipe["clips"].FormedClips(1, seed=3, queries_per_video=4)
     for index in (0, 5, 11):
-        wanted = MovingShapes("train", 10**6, num_frames=LENGTHS[index % 4], queries_per_video=4)[index]
-        assert {**rows[index], "video": None} == {**wanted, "video": None}
-        assert (rows[index]["video"].__array__() == wanted["video"]).all()
+        row = clips[index]
+        length = row.pop("form").length
+        wanted = MovingShapes("train", 10**6, num_frames=length, seed=3, queries_per_video=4)[index]
+        assert {**row, "video": None} == {**wanted, "video": None}
+        assert (row["video"].__array__() == wanted["video"]).all()
 
 
-def test_a_workers_copy_makes_the_same_batch_and_is_told_the_epoch(recipe, processor, rows):
-    collator = recipe["clips"].SceneCollator(processor, **DRAWN)
-    first = collator(rows[:6])
-    copied = pickle.loads(pickle.dumps(collator))(rows[:6])
-    assert torch.equal(first["video_inputs"]["input_ids"], copied["video_inputs"]["input_ids"])
-    loader = torch.utils.data.DataLoader(rows[:6], batch_size=6, collate_fn=collator, num_workers=1)
-    collator.set_epoch(1)
-    (sent,) = loader
-    compare(sent, _ordinary(processor, rows[:6], epoch=1), torch.float32)
-    assert sent["segments_per_adapter"] != first["segments_per_adapter"]
-
-
-def _ordinary(processor: Video2LoraProcessor, rows: list[Any], epoch: int) -> dict[str, Any]:
-    collator = Video2LoraCollator(processor, **DRAWN)
-    collator.set_epoch(epoch)
-    return collator(rows)
+def test_a_workers_copy_makes_the_same_batch(recipe, processor):
+    form = recipe["clips"].Form(48, 12, 3)
+    rows, collator = rows_of(recipe, form), recipe["clips"].SceneCollator(processor)
+    copied = pickle.loads(pickle.dumps(collator))(rows)
+    assert torch.equal(collator(rows)["video_inputs"]["input_ids"], copied["video_inputs"]["input_ids"])
+    (sent,) = torch.utils.data.DataLoader(rows, batch_size=6, collate_fn=collator, num_workers=1)
+    compare(sent, ordinary(recipe, processor, form, pack_queries=True)(rows), torch.float32)
 
 
 def test_prompts_refuse_times_that_count_from_a_segments_start(recipe, processor):
@@ -145,13 +189,16 @@ def make_trainer(recipe: dict[str, Any], vlm: Path, kind: Any, output: Path, *ar
     return kind(model, made, processing_class=processor, **more)
 
 
-def test_a_training_step_is_the_librarys(recipe, vlm, tmp_path, rows):
+def test_a_training_step_is_the_librarys(recipe, vlm, tmp_path):
     """To the last bit, so that leaving the mask of the pixels out changes nothing either."""
-    small = ("--batch-size", "2", "--workers", "0", "--steps", "2", "--composition", "0.5")
+    small = ("--batch-size", "2", "--workers", "0", "--steps", "2")
+    rows = rows_of(recipe, recipe["clips"].Form(24, 12, 3), 4)
     weights: list[dict[str, Any]] = []
     losses = []
     for kind in (recipe["clips"].SceneTrainer, Video2LoraTrainer):
-        trainer = make_trainer(recipe, vlm, kind, tmp_path / kind.__name__, *small, train_dataset=_Rows(rows[:4]))
+        trainer = make_trainer(recipe, vlm, kind, tmp_path / kind.__name__, *small, train_dataset=_Rows(rows))
+        if kind is Video2LoraTrainer:
+            trainer.train_collator = trainer.data_collator = Cutting(trainer.processor, pack_queries=True)
         trainer.train()
         model: Video2LoraModel = trainer.model
         weights.append(model.hypernetwork.state_dict())
@@ -172,7 +219,8 @@ class _Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
-def test_the_online_teacher_and_evaluation_have_the_ordinary_batches(recipe, vlm, tmp_path, rows):
+def test_the_online_teacher_and_evaluation_have_the_ordinary_batches(recipe, vlm, tmp_path):
+    rows = rows_of(recipe, recipe["clips"].Form(), 2)
     kind, small = recipe["clips"].SceneTrainer, ("--batch-size", "2", "--workers", "0", "--steps", "2")
     data = {"train_dataset": _Rows(rows[:2]), "eval_dataset": _Rows(rows[:2])}
     taught = make_trainer(recipe, vlm, kind, tmp_path, *small, "--kl", "1", **data)

@@ -281,8 +281,7 @@ def make_trainer(options: argparse.Namespace, budget: Budget) -> tuple[PreparedT
     """The library's trainer over prepared batches."""
     variant, output = VARIANTS[options.name], options.output / "runs" / options.name
     given = ("--steps", str(budget.steps), "--batch-size", "1", "--workers", str(options.workers))
-    prepared = ("--composition", "0", "--most-frames", "12")  # the clips are cut and sampled
-    recipe = recipe_options(options.vlm, output, (*given, *prepared, *DEFAULT, *variant.options))
+    recipe = recipe_options(options.vlm, output, (*given, *DEFAULT, *variant.options))
     model, processor = train_hypernetwork.build(recipe)
     arguments = train_hypernetwork.arguments(recipe)
     arguments.set_evaluate("no")

@@ -1,8 +1,9 @@
 """Moving shapes, stage 2's data: the library's batches, whose frames are drawn where the model is.
 
-Drawing and preparing 12 to 96 frames of each of 256 clips keeps several cores busy for as long as a GPU takes for a
-step. Here a data loader's worker only says what each frame shows, and the trainer draws. (A test holds the batches
-against those of the library's own collator.)
+Drawing and preparing 12 to 96 frames of each of 512 clips keeps several cores busy for longer than a GPU takes for a
+step. Here a data loader's worker only says what each frame shows, and the trainer draws. All clips of a batch have one
+form, so nothing is padded: models this small are bound by the number of kernels, not by their work. (A test holds the
+batches against those of the library's own collator.)
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from small_vlm import PIXELS
+from small_vlm import PIXELS, build_processor, tiles
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.data.moving_shapes import NUM_SLOTS, MovingShapes, Scene, SceneBatch, draw, frame_times
@@ -28,12 +30,96 @@ from video2lora.trainer.collator import Video2LoraCollator
 from video2lora.video import VideoFrames
 from video2lora.video.sampling import select_frames
 
+ENDLESS = 10**8  # clips: more than any run draws
+
 
 class SceneClips(MovingShapes):
     """Rows whose frames are not drawn yet: `video` is a [`SceneClip`], which any reader of arrays draws."""
 
     def video(self, scene: Scene) -> Any:
         return SceneClip(scene, self.num_frames, self.pixels)
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the clips of a batch are shown, all alike.
+
+    Attributes:
+        length: frames of a clip; a multiple of 12, so that 12 sampled ones see all its slots.
+        num_frames: sampled of the clip, or of each of its segments.
+        segments: into which it is cut; 1 where it stays whole.
+        longest_edge: pixels; None for the video path, else every frame is a picture of this size, cut into tiles.
+    """
+
+    length: int = NUM_SLOTS
+    num_frames: int = NUM_SLOTS
+    segments: int = 1
+    longest_edge: int | None = None
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of 64 pixels that the vision tower sees of a clip."""
+        edge = self.longest_edge or PIXELS
+        return self.num_frames * self.segments * (1 if edge <= PIXELS else (edge // PIXELS) ** 2 + 1)
+
+    def clips(self, most: int) -> int:
+        """Of a batch: `most` of the usual form, of others as many as take three times the work of these."""
+        return max(1, min(most, most * 3 * NUM_SLOTS // self.pictures))
+
+
+def draw_form(draw: random.Random, composition: float) -> Form:
+    """Mostly 12 frames of the whole clip; else other numbers of frames, or pictures in tiles.
+
+    Args:
+        draw: what decides.
+        composition: share of batches whose clips are cut into 2 to 8 segments.
+    """
+    length = NUM_SLOTS * 2 ** draw.randint(0, 3)
+    if draw.random() < composition:
+        return Form(max(length, 4 * NUM_SLOTS), draw.choice([6, 12, 12, 12]), draw.randint(2, 8))
+    chance = draw.random()
+    if chance < 0.65:
+        return Form(length)
+    if chance < 0.85:
+        frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96, 192])
+        return Form(max(length, NUM_SLOTS * -(-frames // NUM_SLOTS)), frames)
+    return Form(length, longest_edge=draw.choice([PIXELS // 2, PIXELS, 2 * PIXELS, 4 * PIXELS]))
+
+
+class FormedClips(Dataset):
+    """Training rows of [`SceneClips`] in blocks of one form; a row, and its form, follow from its number.
+
+    Args:
+        block: rows of one form: a batch of all processes together.
+        plain: blocks at the start that have the usual form, with which most is learnt soonest.
+        composition: see [`draw_form`].
+        options: of [`MovingShapes`].
+    """
+
+    def __init__(self, block: int, plain: int = 0, composition: float = 0.25, seed: int = 0, **options: Any) -> None:
+        self.block, self.plain, self.composition, self.seed = block, plain, composition, seed
+        self.options = options
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        form = self.form(index // self.block)
+        return self._clips(form.length)[index] | {"form": form}
+
+    @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the process
+    def form(self, block: int) -> Form:
+        """The form of all rows of a block."""
+        if block < self.plain:
+            return Form()
+        return draw_form(random.Random(f"{self.seed}/form/{block}"), self.composition)
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _clips(self, length: int) -> SceneClips:
+        return SceneClips("train", ENDLESS, num_frames=length, seed=self.seed, **self.options)
 
 
 # --- what frames show ------------------------------------------------------------------------------------------------
@@ -106,42 +192,24 @@ class Stills:
             self.background,
         )
 
-    def pixel_values(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The frames as the ordinary processor makes them: `[1, frames, 3, pixels, pixels]` in -1..1."""
-        frames = draw(self.as_scenes(), [0.0], size=PIXELS, device=device)[:, 0].permute(0, 3, 1, 2)
+    def pixel_values(self, device: torch.device, dtype: torch.dtype, longest_edge: int | None = None) -> Tensor:
+        """The frames as the ordinary processor makes them: `[1, pictures, 3, pixels, pixels]` in -1..1."""
+        size = longest_edge or PIXELS
+        frames = draw(self.as_scenes(), [0.0], size=size, device=device)[:, 0].permute(0, 3, 1, 2)
         # subtracted first, as the processor does it: the last bit depends on that
-        return frames.to(torch.float32, memory_format=torch.contiguous_format).sub_(127.5).div_(127.5).to(dtype)[None]
+        frames = frames.to(torch.float32, memory_format=torch.contiguous_format).sub_(127.5).div_(127.5)
+        return tiles(frames).to(dtype)[None]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-class Sampled(NamedTuple):
-    """Frames sampled from a clip: places in it, and the span in seconds."""
-
-    indices: tuple[int, ...]
-    start: float
-    end: float
-
-
 @lru_cache(maxsize=2**15)
-def sample(length: int, num_frames: int, start: float | None, end: float | None) -> Sampled:
-    """Sample a span of a clip of `length` frames in memory, which are read at one a second."""
-    indices, start, end = select_frames(
-        np.arange(length, dtype=np.float64), num_frames=num_frames, start=start, end=end, duration=float(length)
-    )
-    return Sampled(tuple(indices.tolist()), start, end)
-
-
-class ClipReader:
-    """A `VideoReader` of a clip that is not drawn: it tells which frames it would read."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.times = length, np.arange(length, dtype=np.float64)
-
-    def sample(self, *, num_frames: int, start: float | None = None, end: float | None = None) -> Sampled:
-        """As `VideoReader.sample`."""
-        return sample(self.length, num_frames, start, end)
+def sample(form: Form, start: float, end: float) -> tuple[int, ...]:
+    """Places of the frames sampled from a span of a clip in memory, which is read at one frame a second."""
+    times, length = np.arange(form.length, dtype=np.float64), float(form.length)
+    indices, _, _ = select_frames(times, num_frames=form.num_frames, start=start, end=end, duration=length)
+    return tuple(indices.tolist())
 
 
 class Prompts:
@@ -161,26 +229,35 @@ class Prompts:
         self.processor = processor
 
     @lru_cache(maxsize=2**14)  # noqa: B019 - lives as long as the process
-    def __call__(self, seconds: tuple[int, ...], length: int) -> Tensor:
+    def __call__(self, seconds: tuple[int, ...], length: int, longest_edge: int | None = None) -> Tensor:
         """Token ids `[1, tokens]` of frames at these seconds of a clip that lasts `length` seconds."""
-        before, block, after = self._parts(len(seconds), length)
+        before, block, after = self._parts(len(seconds), length, longest_edge)
         frames = chain(*(self._stamp(second) + block for second in seconds))
         return torch.tensor([[*before, *frames, *after]])
 
     @lru_cache(maxsize=2**12)  # noqa: B019
-    def _parts(self, num_frames: int, length: int) -> tuple[list[int], list[int], list[int]]:
+    def _parts(self, num_frames: int, length: int, edge: int | None) -> tuple[list[int], list[int], list[int]]:
         """What stands before the first frame's time, a frame, and what stands behind the last one."""
-        pixels, end = np.zeros((num_frames, 8, 8, 3), dtype=np.uint8), float(length)
-        frames = VideoFrames(pixels, (0.0,) * num_frames, 0.0, end, end, "", None, (8, 8), 0)
-        ids = self.processor.encode_video(frames)["input_ids"][0].tolist()
+        side, end = edge or 8, float(length)
+        pixels = np.zeros((num_frames, side, side, 3), dtype=np.uint8)
+        frames = VideoFrames(pixels, (0.0,) * num_frames, 0.0, end, end, "", None, (side, side), 0)
+        inputs = self._processor(edge).encode_video(frames, image_splitting=edge is not None)
+        ids, stamp = inputs["input_ids"][0].tolist(), self._stamp(0)
         around = self.processor.tokenizer.convert_tokens_to_ids("<fake_token_around_image>")
         edges = [place for place, token in enumerate(ids) if token == around]
-        stamp = self._stamp(0)
-        before, block = ids[: edges[0] - len(stamp)], ids[edges[0] : edges[1] + 1]
-        after = ids[edges[-1] + 1 :]
+        before, end_of_last = ids[: edges[0] - len(stamp)], edges[-1] + 1
+        size = (end_of_last - len(before)) // num_frames - len(stamp)
+        block, after = ids[edges[0] : edges[0] + size], ids[end_of_last:]
         if before + (stamp + block) * num_frames + after != ids:
             raise ValueError(f"the prompt of {num_frames} frames is not its frames' one behind the other.")
         return before, block, after
+
+    @lru_cache(maxsize=16)  # noqa: B019
+    def _processor(self, edge: int | None) -> Video2LoraProcessor:
+        if edge is None:
+            return self.processor
+        settings = {name: getattr(self.processor, name) for name in ("internalization_prompt", "prompt_timestamps")}
+        return Video2LoraProcessor(build_processor(self.processor.tokenizer, edge), longest_edge=edge, **settings)
 
     @lru_cache(maxsize=2**12)  # noqa: B019
     def _stamp(self, second: int) -> list[int]:
@@ -190,34 +267,37 @@ class Prompts:
 
 
 class SceneCollator(Video2LoraCollator):
-    """Batches as the library's collator makes them of [`SceneClips`], with `frames` in place of the pixels.
+    """Batches as the library's collator makes them of [`FormedClips`], with `frames` in place of the pixels.
 
-    What is drawn by chance is the same. `frames` are [`Stills`], whose `pixel_values` are those of `video_inputs`;
-    `pixel_attention_mask`, of ones alone, is left out: the base takes nothing for ones.
+    Of the rows of a batch it takes as many as their form allows. `frames` are [`Stills`], whose `pixel_values` are
+    those of `video_inputs`; `pixel_attention_mask`, of ones alone, is left out: the base takes nothing for ones.
 
     Args:
-        processor, options: of [`Video2LoraCollator`].
+        processor: the model's.
+        pack_queries: see [`Video2LoraCollator`].
     """
 
-    def __init__(self, processor: Video2LoraProcessor, **options: Any) -> None:
-        super().__init__(processor, **options)
+    def __init__(self, processor: Video2LoraProcessor, pack_queries: bool = True) -> None:
+        super().__init__(processor, pack_queries=pack_queries)
         self.prompts = Prompts(processor)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        form: Form = rows[0]["form"]
+        return super().__call__(rows[: form.clips(len(rows))]) | {"longest_edge": form.longest_edge}
 
     def _sample(
         self, row: Mapping[str, Any], queries: Sequence[tuple[int, Mapping[str, str]]], draw: random.Random
     ) -> dict[str, Any]:
-        clip: SceneClip = row["video"]
-        reader: Any = ClipReader(len(clip))
-        _, segments = self._read(reader, row, draw)
-        sampled: Sequence[Any] = segments
-        indices = [segment.indices for segment in sampled]
-        ids = [self.prompts(seconds, len(clip)) for seconds in indices]
+        clip, form = row["video"], row["form"]
+        edges = np.linspace(0.0, form.length, form.segments + 1).tolist()
+        indices = [sample(form, *span) for span in zip(edges, edges[1:], strict=False)]
+        ids = [self.prompts(seconds, form.length, form.longest_edge) for seconds in indices]
         return {
             "segments": [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids],
             "turns": [self._turn(query["prompt"], query["response"]) for _, query in queries],
             "query_ids": [(row["id"], number) for number, _ in queries],
             "scene": clip.scene,
-            "times": frame_times(len(clip))[np.concatenate(indices)],
+            "times": frame_times(form.length)[np.concatenate(indices)],
         }
 
     @lru_cache(maxsize=2**14)  # noqa: B019
@@ -232,7 +312,7 @@ class SceneCollator(Video2LoraCollator):
 
 
 class SceneTrainer(Video2LoraTrainer):
-    """The library's trainer over [`SceneClips`], whose frames it draws where the model is.
+    """The library's trainer over [`FormedClips`], whose frames it draws where the model is.
 
     Evaluation, and training with the online teacher, which has to see the clips too, have the library's own batches.
     """
@@ -240,20 +320,13 @@ class SceneTrainer(Video2LoraTrainer):
     def __init__(self, model: Video2LoraModel, args: Video2LoraTrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
         if args.teacher != "online":
-            self.train_collator = self.data_collator = SceneCollator(
-                self.processor,
-                seed=args.seed,
-                composition_probability=args.composition_probability,
-                max_segments=args.max_segments,
-                max_queries_per_video=args.max_queries_per_video,
-                num_frames_range=args.num_frames_range,
-                pack_queries=args.pack_queries,
-            )
+            self.train_collator = self.data_collator = SceneCollator(self.processor, args.pack_queries)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
         if "frames" in inputs:
             vlm: Any = self.accelerator.unwrap_model(self.model).vlm
-            pixels = inputs.pop("frames").pixel_values(self.args.device, vlm.dtype)
+            frames, edge = inputs.pop("frames"), inputs.pop("longest_edge")
+            pixels = frames.pixel_values(self.args.device, vlm.dtype, edge)
             inputs["video_inputs"] = inputs["video_inputs"] | {"pixel_values": pixels}
         return inputs

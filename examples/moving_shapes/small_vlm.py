@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -134,3 +136,16 @@ def build_vlm(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> SmolVLMForCo
     model = SmolVLMForConditionalGeneration(config)
     model.generation_config = GenerationConfig(**ids)
     return model
+
+
+def tiles(pixels: Tensor) -> Tensor:
+    """Pictures `[n, 3, side, side]` as SmolVLM's processor cuts them: tiles row by row, then the whole, small."""
+    side = pixels.shape[-1]
+    if side < PIXELS:
+        return interpolate(pixels, (PIXELS, PIXELS), mode="bicubic", antialias=True).clamp(-1, 1)
+    if side == PIXELS:
+        return pixels
+    n = side // PIXELS
+    cut = pixels.unflatten(2, (n, PIXELS)).unflatten(4, (n, PIXELS)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    whole = interpolate(pixels, (PIXELS, PIXELS), mode="bicubic", antialias=True).clamp(-1, 1)
+    return torch.cat([cut, whole[:, None]], 1).flatten(0, 1)

@@ -19,15 +19,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from clips import SceneClips, SceneTrainer
-from torch.utils.data import Dataset
+from clips import FormedClips, SceneTrainer
 from transformers import AutoProcessor, TrainerCallback
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.data.moving_shapes import TASKS, MovingShapes
 from video2lora.trainer import Video2LoraTrainingArguments
 
-ENDLESS = 10**8  # clips: more than any run draws
 HELD_OUT_TASKS = ("existence", "size")
 TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
 
@@ -35,12 +33,19 @@ TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
 def main() -> None:
     options = parse()
     model, processor = build(options)
-    queries = {"queries_per_video": options.queries, "tasks": options.tasks}
-    train = VariedClips(ENDLESS, seed=options.seed, lengths=options.lengths, **queries)
+    made = arguments(options)
+    train = FormedClips(
+        options.batch_size * made.world_size,
+        plain=options.plain,
+        composition=options.composition,
+        seed=options.seed,
+        queries_per_video=options.queries,
+        tasks=options.tasks,
+    )
     validation = MovingShapes("validation", options.validation, queries_per_video=None, tasks=options.tasks)
     trainer = SceneTrainer(
         model,
-        arguments(options),
+        made,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,
@@ -57,14 +62,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
-    parser.add_argument("--batch-size", type=int, default=256, help="clips of one process")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--queries", type=int, default=6, help="about each clip")
+    parser.add_argument("--batch-size", type=int, default=512, help="clips of one process")
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--queries", type=int, help="about each clip; by default one of each task that it has")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TRAINED_TASKS)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 12, 12, 24, 48, 96], help="frames of clips")
-    parser.add_argument("--most-frames", type=int, default=48, help="sampled of a clip; 6 at least, 12 if this is 12")
-    parser.add_argument("--composition", type=float, default=0.25, help="share of clips made of segments")
-    parser.add_argument("--max-segments", type=int, default=8)
+    parser.add_argument("--plain", type=int, default=1000, help="steps at first that show 12 frames of whole clips")
+    parser.add_argument("--composition", type=float, default=0.25, help="share of later steps with clips in segments")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--latents", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=3)
@@ -120,9 +123,10 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
         ce_weight=options.ce,
         kl_weight=options.kl,
         teacher="online" if options.kl else None,
-        composition_probability=options.composition,
-        max_segments=options.max_segments,
-        num_frames_range=[6, options.most_frames] if options.most_frames > 12 else None,
+        composition_probability=options.composition if options.kl else 0.0,  # else by the batch: clips.py
+        max_segments=8,
+        adam_beta2=0.98,
+        logging_nan_inf_filter=False,  # which waits for the device at every step
         pack_queries=True,
         bf16=torch.cuda.is_available(),
         dataloader_num_workers=options.workers,
@@ -135,25 +139,6 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
         save_strategy="no",  # when it stops
         report_to="none",
     )
-
-
-class VariedClips(Dataset):
-    """Training rows of [`SceneClips`] of different numbers of frames; a row's own follows from its number.
-
-    Args:
-        size: rows.
-        lengths: frames of a clip, drawn evenly; multiples of 12.
-        options: of [`MovingShapes`].
-    """
-
-    def __init__(self, size: int, lengths: list[int], **options: Any) -> None:
-        self.parts = [SceneClips("train", size, num_frames=length, **options) for length in lengths]
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.parts[index % len(self.parts)][index]
 
 
 class StopAfter(TrainerCallback):

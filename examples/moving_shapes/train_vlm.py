@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from batches import FRAMES, IGNORE, Form, ShapesBatches
 from safetensors.torch import load_file, save_file
-from small_vlm import PIXELS, build_processor, build_tokenizer, build_vlm
+from small_vlm import PIXELS, build_processor, build_tokenizer, build_vlm, tiles
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -246,19 +246,6 @@ class VlmTrainer:
             _, index, kind = name.split(".")
             state.setdefault(int(index), {})[kind] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-
-
-def tiles(pixels: Tensor) -> Tensor:
-    """Pictures `[n, 3, side, side]` as SmolVLM's processor cuts them: tiles row by row, then the whole, small."""
-    side = pixels.shape[-1]
-    if side < PIXELS:
-        return interpolate(pixels, (PIXELS, PIXELS), mode="bicubic", antialias=True).clamp(-1, 1)
-    if side == PIXELS:
-        return pixels
-    n = side // PIXELS
-    cut = pixels.unflatten(2, (n, PIXELS)).unflatten(4, (n, PIXELS)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    whole = interpolate(pixels, (PIXELS, PIXELS), mode="bicubic", antialias=True).clamp(-1, 1)
-    return torch.cat([cut, whole[:, None]], 1).flatten(0, 1)
 
 
 def turn_mask(segments: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
