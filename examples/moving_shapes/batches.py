@@ -33,6 +33,7 @@ IGNORE = -100
 FRAMES = 12
 LONG = ("caption", "summary")
 SHORT = tuple(task for task in TASKS if task not in LONG)
+ASKED = (*SHORT, "how_often", "how_often", "order")  # what is learnt last is asked more often
 TURNS_WIDTH = 240
 TURN = "<end_of_utterance>\nAssistant:"
 
@@ -147,7 +148,7 @@ class ShapesBatches(Dataset):
     def _turns(self, scene: Scene, draw: random.Random) -> list[tuple[list[int], list[int], bool]]:
         """Questions and answers about one scene: prompt ids, answer ids, whether the clip is in their context."""
         number = draw.getrandbits(32)
-        queries = make_queries(scene, self.turns, tasks=SHORT, phrasings=("train", "held_out"), draw=number)
+        queries = make_queries(scene, self.turns, tasks=ASKED, phrasings=("train", "held_out"), draw=number)
         if draw.random() < 0.5:
             queries[-1:] = make_queries(scene, 1, tasks=LONG, phrasings=("train", "held_out"), draw=number)
         turns = [self._turn(query) for query in queries]
@@ -174,9 +175,9 @@ def draw_form(draw: random.Random) -> Form:
     """Mostly 12 frames of video; now and then fewer or more, or pictures in tiles."""
     chance = draw.random()
     seconds = 12 * round(2 ** draw.uniform(0, 5.5))
-    if chance < 0.7:
+    if chance < 0.8:
         return Form(FRAMES, seconds)
-    if chance < 0.87:
+    if chance < 0.9:
         frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96])
         return Form(frames, max(seconds, 12 * -(-frames // 12)))
     edge = draw.choice([PIXELS // 2, PIXELS, 2 * PIXELS, 4 * PIXELS])
