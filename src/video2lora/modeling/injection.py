@@ -60,6 +60,7 @@ def inject_lora(
             yield
     finally:
         _open.remove(injection)
+        injection.give_back()
 
 
 @contextmanager
@@ -128,13 +129,13 @@ class _Delta:
     """The update of one Linear module: `scaling * lora_B^T (lora_A x)` for every row.
 
     Args:
-        lora_A: `[groups, rank, d_in]`, what the module computes in.
+        lora_A: `[groups, d_in, rank]`, what the module computes in.
         lora_B: `[groups, rank, d_out]`, the scaling multiplied in.
         rows: the batch, or a divisor of it; of each group the same number of consecutive rows.
     """
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, rows: int) -> None:
-        self.lora_A, self.lora_B, self.rows = lora_A.transpose(1, 2), lora_B, rows
+        self.lora_A, self.lora_B, self.rows = lora_A, lora_B, rows
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """The module's output, updated for its input `x` `[rows, tokens, d_in]`."""
@@ -164,6 +165,7 @@ class _Injection:
         self.thread = threading.get_ident()
         self.modules = [module for several in modules.values() for module in several]
         self.deltas: dict[int, _Delta] = {}  # by the module's id: torch.compile can look that up
+        self.borrowed: list[_Memory] = []
         # rows of an adapter are told apart only as far as they must be
         unit = math.gcd(*counts)
         repeats = [count // unit for count in counts]
@@ -178,28 +180,92 @@ class _Injection:
                 dtype = weight.dtype if _holds_numbers(weight) else lora_B.dtype
                 places.setdefault((weight.device, dtype), []).append(position)
             for place, positions in places.items():
-                a = _laid_out(weights.lora_A[name], place, positions, repeats)
-                b = _laid_out(lora_B, place, positions, repeats)
+                first = several[positions[0]]
+                a = self._laid_out(first, _chosen(weights.lora_A[name], positions, repeats).transpose(2, 3), place)
+                b = self._laid_out(first, _chosen(lora_B, positions, repeats), place)
                 for position, lora_a, lora_b in zip(positions, a, b, strict=True):
                     self.deltas[id(several[position])] = _Delta(lora_a, lora_b, rows)
 
+    def _laid_out(
+        self, module: nn.Module, layers: Tensor, place: tuple[torch.device, torch.dtype]
+    ) -> Sequence[Tensor]:
+        """Each layer's `[groups, m, n]` in one piece of memory and in `place`, of a `[layers, groups, m, n]`.
 
-def _laid_out(
-    stacked: Tensor, place: tuple[torch.device, torch.dtype], positions: list[int], repeats: list[int]
-) -> tuple[Tensor, ...]:
-    """Each layer's `[groups, rank, width]` in one piece of memory, of a `[batch, layers, rank, width]`.
+        The cast happens once, not at every token. Without gradients the memory is that of the last adapters of this
+        size, where CUDA graphs find them without a copy at every token.
+        """
+        if torch.is_grad_enabled():
+            # the gradient of unbind is made in one piece, not added up layer by layer
+            return layers.to(*place).contiguous().unbind()
+        memory = _kept.borrow(module, layers.shape, place)
+        self.borrowed.append(memory)
+        memory.whole.copy_(layers)
+        return memory.layers
 
-    The cast happens once, not at every token; and CUDA graphs copy their inputs as far as they reach.
-    """
+    def give_back(self) -> None:
+        """Let the next adapters have the memory of these."""
+        for memory in self.borrowed:
+            memory.free = True
+
+
+def _chosen(stacked: Tensor, positions: list[int], repeats: list[int]) -> Tensor:
+    """`[layers, groups, rank, width]` of a `[batch, layers, rank, width]`: some layers, a group so many times."""
     layers = stacked.transpose(0, 1)
     if len(positions) < len(layers):
         layers = layers[positions]
-    layers = layers.to(*place, memory_format=torch.contiguous_format)
     if len(set(repeats)) > 1:
         layers = layers.repeat_interleave(torch.tensor(repeats, device=layers.device), 1, output_size=sum(repeats))
-    # the same strides whatever they were, also where one adapter makes them meaningless: graphs are made for strides
-    layers = layers.contiguous().flatten(0, 1).unflatten(0, (len(layers), -1))
-    return layers.unbind()  # whose gradient is made in one piece, not added up layer by layer
+    return layers
+
+
+class _Memory:
+    """A place for the adapters of one module name, whose address compiled code may keep.
+
+    Attributes:
+        whole: `[layers, groups, m, n]`.
+        layers: its layers, always the same tensors.
+        free: whether no open block uses it.
+    """
+
+    def __init__(self, shape: torch.Size, place: tuple[torch.device, torch.dtype]) -> None:
+        with torch.inference_mode(False):  # whose tensors could not be written again outside it
+            self.whole = torch.empty(shape, device=place[0], dtype=place[1])
+        self.layers = self.whole.unbind()
+        self.free = False
+        for layer in self.layers:
+            # what torch._dynamo.mark_static_address(layer, guard=False) does, without importing Dynamo
+            layer._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+
+class _Kept:
+    """Memory of adapters that have been on a base, `MOST` sizes of each module name, for the next ones to lie in."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._memories: WeakKeyDictionary[nn.Module, list[tuple[Any, _Memory]]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def borrow(self, module: nn.Module, shape: torch.Size, place: tuple[torch.device, torch.dtype]) -> _Memory:
+        """Memory of this size for the adapters of `module` and its like, which nobody else uses until it is free."""
+        # work on one stream is done in order: what comes next does not overwrite what is still read
+        stream = torch.cuda.current_stream(place[0]).cuda_stream if place[0].type == "cuda" else None
+        key = (tuple(shape), place, stream)
+        with self._lock:
+            found = self._memories.setdefault(module, [])
+            for number, (other, memory) in enumerate(found):
+                if memory.free and other == key:
+                    found.append(found.pop(number))
+                    memory.free = False
+                    return memory
+        memory = _Memory(shape, place)
+        with self._lock:
+            found.append((key, memory))
+            del found[: -2 * self.MOST]  # of lora_A and lora_B
+        return memory
+
+
+_kept = _Kept()
 
 
 class _Open:
