@@ -1,6 +1,7 @@
 """Shared fixtures, and the environment, set before anything imports torch or transformers: no network, no cache."""
 
 import atexit
+import gc
 import importlib
 import os
 import shutil
@@ -28,6 +29,15 @@ def _torch_threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_are_no_garbage() -> Iterator[None]:
+    """What was imported is not searched for garbage again: every training run collects, 0.3 s for modules alone."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
