@@ -25,6 +25,7 @@ from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.data.moving_shapes import NUM_SLOTS, MovingShapes, Scene, SceneBatch, draw, frame_times
 from video2lora.data.moving_shapes.dataset import SceneClip
 from video2lora.data.moving_shapes.scenes import slots_at
+from video2lora.modeling.processor import IGNORE_INDEX
 from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
 from video2lora.trainer.collator import Video2LoraCollator
 from video2lora.video import VideoFrames
@@ -270,15 +271,18 @@ class SceneCollator(Video2LoraCollator):
     """Batches as the library's collator makes them of [`FormedClips`], with `frames` in place of the pixels.
 
     Of the rows of a batch it takes as many as their form allows. `frames` are [`Stills`], whose `pixel_values` are
-    those of `video_inputs`; `pixel_attention_mask`, of ones alone, is left out: the base takes nothing for ones.
+    those of `video_inputs`; `pixel_attention_mask`, of ones alone, is left out: the base takes nothing for ones. All
+    turns about a clip lie in one row, and rows are padded to a multiple of `ALIGNED` tokens: few different shapes,
+    since attention is planned anew for each.
 
     Args:
         processor: the model's.
-        pack_queries: see [`Video2LoraCollator`].
     """
 
-    def __init__(self, processor: Video2LoraProcessor, pack_queries: bool = True) -> None:
-        super().__init__(processor, pack_queries=pack_queries)
+    ALIGNED = 32
+
+    def __init__(self, processor: Video2LoraProcessor) -> None:
+        super().__init__(processor, pack_queries=True)
         self.prompts = Prompts(processor)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -300,15 +304,38 @@ class SceneCollator(Video2LoraCollator):
             "times": frame_times(form.length)[np.concatenate(indices)],
         }
 
-    @lru_cache(maxsize=2**14)  # noqa: B019
     def _turn(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        return self.processor.encode_turn(prompt, response)
+        """What the processor's `encode_turn` returns; this model's tokenizer joins no question with its answer."""
+        asked, answered = self._asked(prompt), self._answered(response)
+        return asked + answered, [IGNORE_INDEX] * len(asked) + answered
+
+    @lru_cache(maxsize=2**14)  # noqa: B019
+    def _asked(self, prompt: str) -> list[int]:
+        return self.processor.tokenizer(self.processor.render(prompt), add_special_tokens=False)["input_ids"]
+
+    @lru_cache(maxsize=2**14)  # noqa: B019
+    def _answered(self, response: str) -> list[int]:
+        end = self.processor.tokenizer.eos_token
+        return self.processor.tokenizer(f" {response}{end}", add_special_tokens=False)["input_ids"]
 
     def _join(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         times = [sample["times"] for sample in samples]
         scene = np.repeat(np.arange(len(samples)), [len(part) for part in times])
         stills = Stills.from_scenes([sample["scene"] for sample in samples], scene, np.concatenate(times))
         return super()._join(samples) | {"frames": stills}
+
+    def _pack_turns(self, videos: Sequence[Sequence[tuple[list[int], list[int]]]]) -> dict[str, Tensor]:
+        lengths = [[len(ids) for ids, _ in turns] for turns in videos]
+        width = -(-max(map(sum, lengths)) // self.ALIGNED) * self.ALIGNED
+        real = torch.arange(width) < torch.tensor([sum(row) for row in lengths])[:, None]
+        values = {
+            "input_ids": (self.processor.pad_token_id, [t for turns in videos for ids, _ in turns for t in ids]),
+            "attention_mask": (0, [1] * sum(map(sum, lengths))),
+            "labels": (IGNORE_INDEX, [t for turns in videos for _, labels in turns for t in labels]),
+            "turns": (0, [number for row in lengths for number, n in enumerate(row, 1) for _ in range(n)]),
+        }
+        fill = {name: torch.full(real.shape, empty) for name, (empty, _) in values.items()}
+        return {name: fill[name].masked_scatter_(real, torch.tensor(numbers)) for name, (_, numbers) in values.items()}
 
 
 class SceneTrainer(Video2LoraTrainer):
@@ -320,7 +347,7 @@ class SceneTrainer(Video2LoraTrainer):
     def __init__(self, model: Video2LoraModel, args: Video2LoraTrainingArguments, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
         if args.teacher != "online":
-            self.train_collator = self.data_collator = SceneCollator(self.processor, args.pack_queries)
+            self.train_collator = self.data_collator = SceneCollator(self.processor)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 FRAMES_AT_ONCE = 64
 PATCHES_A_FRAME = 1024
+HIDDEN_SIZE = 768
 """The vision tower sees `FRAMES_AT_ONCE` frames of so many patches (512 pixels a side) together: enough to fill a GPU,
-few enough that their activations stay small. Of smaller ones it sees as many times more as fit into one of these."""
+few enough that their activations stay small. Of smaller ones it sees as many times more as fit into one of these, and
+a narrower tower (that of SmolVLM2 500M is `HIDDEN_SIZE` wide) as many times more as it is narrower."""
 
 
 def are_frames(pixels: Any) -> bool:
@@ -101,11 +103,12 @@ def _features(
 
 def _frames_at_once(model: Any, frames: Tensor) -> int:
     """How many of `frames` `[frames, channels, height, width]` the vision tower sees together."""
-    patch = getattr(getattr(model.config, "vision_config", None), "patch_size", None)
+    vision = getattr(model.config, "vision_config", None)
+    patch, width = getattr(vision, "patch_size", None), getattr(vision, "hidden_size", HIDDEN_SIZE)
     if not isinstance(patch, int):
         return FRAMES_AT_ONCE
     patches = (frames.shape[-2] // patch) * (frames.shape[-1] // patch)
-    return FRAMES_AT_ONCE * max(1, PATCHES_A_FRAME // max(1, patches))
+    return FRAMES_AT_ONCE * max(1, PATCHES_A_FRAME // max(1, patches)) * max(1, HIDDEN_SIZE // width)
 
 
 @contextmanager

@@ -156,8 +156,10 @@ class Video2LoraTrainer(Trainer):
         skipped = [message for batch in batch_samples for message in batch["skipped"]]
         videos = sum(int(batch["num_videos"]) for batch in batch_samples)
         _log_skipped(skipped)
-        counts = torch.tensor([[queries, videos, len(skipped)]], device=device)
-        queries, videos, left_out = self.accelerator.gather(counts).sum(0).tolist()
+        left_out = len(skipped)
+        if self.accelerator.num_processes > 1:  # alone there is nobody to ask, and no device to wait for
+            counts = torch.tensor([[queries, videos, left_out]], device=device)
+            queries, videos, left_out = self.accelerator.gather(counts).sum(0).tolist()
         self._count(videos, left_out)
         return max(queries, 1)
 
