@@ -100,6 +100,26 @@ def test_batches_of_other_adapters_need_no_new_graph(vlm, targets, counts, rows)
         assert decode.graphs == 1
 
 
+def test_graphs_take_adapters_where_they_lie(vlm, targets):
+    """Inputs marked as staying in their place are not copied before a CUDA graph is replayed."""
+    marked = []
+
+    def backend(graph, _inputs):
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        kinds = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in places]
+        shapes = [tuple(node.meta["example_value"].shape) for node in places]
+        marked.append([shape for kind, shape in zip(kinds, shapes, strict=True) if kind and shape[:2] == (3, 4)])
+        return graph
+
+    decode = Decoder()
+    decode.config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    decode.config._compile_all_devices = True
+    with inject_lora(vlm, targets, strong_lora(targets, 3)):
+        assert decode.is_eager(vlm, 3)
+    widths = targets.in_features["down_proj"], targets.out_features["down_proj"]
+    assert sorted(marked[-1]) == sorted([(3, 4, width) for width in widths] * 2)
+
+
 def test_the_models_own_generate(vlm):
     """Each call opens a block of its own; adapters of any dtype and memory layout fit the same graph."""
     model = Video2LoraModel.from_vlm(vlm, **SMALL)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 
-from video2lora.modeling import inject_lora, merge_lora, resolve_targets
+from video2lora.modeling import inject_lora, injection, merge_lora, resolve_targets
+from video2lora.testing import tiny_smolvlm
 
 from .helpers import assert_unchanged, merged, num_hooks, random_lora, snapshot, text_batch
 
@@ -306,3 +309,106 @@ def test_targets_that_do_not_exist(qwen, modules, layers, words):
 def test_a_model_without_decoder_layers():
     with pytest.raises(ValueError, match="Linear has no decoder layers"):
         resolve_targets(torch.nn.Linear(2, 2), ["down_proj"])
+
+
+# --- memory of adapters ----------------------------------------------------------------------------------------------
+
+
+def addresses():
+    """Where the adapters of the open blocks lie."""
+    return [
+        {tensor.data_ptr() for delta in one.deltas.values() for tensor in (delta.lora_A, delta.lora_B)}
+        for one in injection._open.injections
+    ]
+
+
+def fresh_base():
+    base = tiny_smolvlm()[0].eval().requires_grad_(False)
+    return base, resolve_targets(base, ["down_proj"])
+
+
+def test_the_next_adapters_lie_where_the_last_ones_lay():
+    """Graphs of the base keep addresses; and what lay there before is not seen again."""
+    base, targets = fresh_base()
+    adapters, queries, seen = random_lora(targets, 3), text_batch(1), []
+    for number, adapter in enumerate([*adapters, adapters[0]]):
+        expected = logits(merged(base, targets, adapter), queries)
+        with torch.set_grad_enabled(number % 2 == 0), inject_lora(base, targets, adapter):
+            seen.append(addresses()[0])
+            torch.testing.assert_close(base(queries).logits, expected, atol=2e-5, rtol=0)
+    assert seen[0] == seen[1] == seen[2] == seen[3] and len(seen[0]) == 2 * len(targets.layer_indices)
+
+
+def test_an_open_block_keeps_its_memory_to_itself():
+    base, targets = fresh_base()
+    first, second = random_lora(targets, 2)
+    with torch.no_grad():
+        with inject_lora(base, targets, first):
+            with inject_lora(base, targets, second):
+                one, other = addresses()
+                assert not one & other
+            with inject_lora(base, targets, second):
+                assert addresses()[0] == one and addresses()[1] == other
+        with inject_lora(base, targets, second), pytest.raises(ZeroDivisionError):
+            with inject_lora(base, targets, first):
+                raise ZeroDivisionError
+        with inject_lora(base, targets, first), inject_lora(base, targets, second):
+            assert addresses()[0] | addresses()[1] == one | other  # given back after an exception too
+
+
+def test_with_gradients_adapters_have_memory_of_their_own():
+    """What autograd has kept of a step must be there in the backward pass, whatever was adapted since."""
+    base, targets = fresh_base()
+    lora = random_lora(targets, 1)
+    tensors = [*lora.lora_A.values(), *lora.lora_B.values()]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    with inject_lora(base, targets, lora):
+        loss = base(text_batch(1)).logits.square().mean()
+    wanted = torch.autograd.grad(loss, tensors, retain_graph=True)
+    with torch.no_grad(), inject_lora(base, targets, random_lora(targets, 1, seed=5)):
+        base(text_batch(1))
+    for gradient, other in zip(wanted, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(gradient, other)
+
+
+def test_gradients_of_the_input_are_not_of_the_next_adapters():
+    """Adapters that are not trained themselves may still stand in a graph: that of a soft prompt, say."""
+    base, targets = fresh_base()
+    prompt = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    first, second = random_lora(targets, 2)
+    gradients = []
+    for disturbed in (False, True):
+        with inject_lora(base, targets, first):
+            loss = base(inputs_embeds=prompt).logits.square().mean()
+        if disturbed:
+            with inject_lora(base, targets, second):
+                base(text_batch(1))
+        gradients += torch.autograd.grad(loss, prompt)
+    assert torch.equal(*gradients)
+
+
+def test_memory_is_kept_for_a_few_sizes_and_goes_with_the_base():
+    base, targets = fresh_base()
+    with torch.no_grad():
+        for rank in (1, 2, 3, 4, 5, 6):
+            with inject_lora(base, targets, random_lora(targets, 1, rank=rank)):
+                pass
+    module = base.get_submodule(targets.paths["down_proj"][0])
+    kept = injection._kept._memories[module]
+    assert len(kept) == 2 * injection._Kept.MOST
+    assert {memory.whole.shape[2] for _, memory in kept} == {3, 4, 5, 6}  # of lora_A and lora_B: ranks
+    whole = weakref.ref(kept[0][1].whole)
+    del base, module, kept
+    gc.collect()
+    assert whole() is None
+
+
+def test_memory_made_in_inference_mode_can_be_written_outside_it():
+    base, targets = fresh_base()
+    one, other = random_lora(targets, 2)
+    with torch.inference_mode(), inject_lora(base, targets, one):
+        base(text_batch(1))
+    with torch.no_grad(), inject_lora(base, targets, other):
+        found = base(text_batch(1)).logits
+    torch.testing.assert_close(found, logits(merged(base, targets, other), text_batch(1)), atol=2e-5, rtol=0)

@@ -129,13 +129,14 @@ class _Delta:
     """The update of one Linear module: `scaling * lora_B^T (lora_A x)` for every row.
 
     Args:
-        lora_A: `[groups, d_in, rank]`, what the module computes in.
+        lora_A: `[groups, rank, d_in]`, what the module computes in.
         lora_B: `[groups, rank, d_out]`, the scaling multiplied in.
         rows: the batch, or a divisor of it; of each group the same number of consecutive rows.
+        borrowed: whether other adapters will lie in their memory.
     """
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, rows: int) -> None:
-        self.lora_A, self.lora_B, self.rows = lora_A, lora_B, rows
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, rows: int, borrowed: bool) -> None:
+        self.lora_A, self.lora_B, self.rows, self.borrowed = lora_A, lora_B, rows, borrowed
 
     def add(self, output: Tensor, x: Tensor) -> Tensor:
         """The module's output, updated for its input `x` `[rows, tokens, d_in]`."""
@@ -144,9 +145,18 @@ class _Delta:
         if x.shape[0] % self.rows:
             raise ValueError(f"a batch of {x.shape[0]} rows does not fit adapters made for {self.rows} rows.")
         lora_A, lora_B = self.lora_A, self.lora_B
+        if self.borrowed and torch.is_grad_enabled() and x.requires_grad:
+            lora_A, lora_B = lora_A.clone(), lora_B.clone()  # autograd keeps them, and others come to lie there
         groups = lora_A.shape[0]
         if x.shape[0] != groups:  # consecutive rows of one adapter become one longer row: no copy of the adapters
             x = x.reshape(groups, -1, x.shape[2])
+        if torch.compiler.is_compiling() and x.shape[1] == 1:
+            # of a single token, sums: a compiler fuses them with what is around, and a product of one row idles
+            exact = torch.promote_types(lora_A.dtype, torch.float32)
+            inner = (x.to(exact) * lora_A.to(exact)).sum(2)
+            update = (inner[:, :, None] * lora_B.to(exact)).sum(1)
+            return output + update[:, None].to(output.dtype)
+        lora_A = lora_A.transpose(1, 2)
         if x.dtype == lora_A.dtype == output.dtype:
             if output.shape[0] == groups:
                 return torch.baddbmm(output, torch.bmm(x, lora_A), lora_B)
@@ -180,21 +190,22 @@ class _Injection:
                 dtype = weight.dtype if _holds_numbers(weight) else lora_B.dtype
                 places.setdefault((weight.device, dtype), []).append(position)
             for place, positions in places.items():
-                first = several[positions[0]]
-                a = self._laid_out(first, _chosen(weights.lora_A[name], positions, repeats).transpose(2, 3), place)
+                first, before = several[positions[0]], len(self.borrowed)
+                a = self._laid_out(first, _chosen(weights.lora_A[name], positions, repeats), place)
                 b = self._laid_out(first, _chosen(lora_B, positions, repeats), place)
+                borrowed = len(self.borrowed) > before
                 for position, lora_a, lora_b in zip(positions, a, b, strict=True):
-                    self.deltas[id(several[position])] = _Delta(lora_a, lora_b, rows)
+                    self.deltas[id(several[position])] = _Delta(lora_a, lora_b, rows, borrowed)
 
     def _laid_out(
         self, module: nn.Module, layers: Tensor, place: tuple[torch.device, torch.dtype]
     ) -> Sequence[Tensor]:
         """Each layer's `[groups, m, n]` in one piece of memory and in `place`, of a `[layers, groups, m, n]`.
 
-        The cast happens once, not at every token. Without gradients the memory is that of the last adapters of this
-        size, where CUDA graphs find them without a copy at every token.
+        The cast happens once, not at every token. Adapters that are not trained lie where the last ones of this size
+        lay: there CUDA graphs find them without a copy at every token.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and layers.requires_grad:
             # the gradient of unbind is made in one piece, not added up layer by layer
             return layers.to(*place).contiguous().unbind()
         memory = _kept.borrow(module, layers.shape, place)
