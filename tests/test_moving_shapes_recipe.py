@@ -155,6 +155,10 @@ def test_every_stage_runs_and_goes_on(modules, tmp_path, monkeypatch):
     stage("train_hypernetwork", vlm, "-o", hypernetwork, "--steps", 2, "--minutes", 0, *small)
     assert (hypernetwork / "checkpoint-1").exists() and not (hypernetwork / "model.safetensors").exists()
     stage("train_hypernetwork", vlm, "-o", hypernetwork, "--steps", 2, *small)
+    further = ("--start-from", hypernetwork, "--steps", 1, "--learning-rate", 0)
+    stage("train_hypernetwork", vlm, "-o", tmp_path / "further", *further, *small)
+    before, after = (load_file(folder / "model.safetensors") for folder in (hypernetwork, tmp_path / "further"))
+    assert len(before) == len(after) > 50 and all(torch.equal(before[name], after[name]) for name in before)
     stage("export", hypernetwork, "-o", tmp_path / "checkpoint")
     files = [file for file in (tmp_path / "checkpoint").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 30e6

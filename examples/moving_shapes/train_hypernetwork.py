@@ -1,6 +1,6 @@
 """Moving shapes, stage 2: train a hypernetwork for the small VLM, which stays as it is, with the library's Trainer.
 
-    python train_hypernetwork.py runs/vlm -o runs/hypernetwork --steps 3000 --minutes 9
+    python train_hypernetwork.py vlm -o runs/hypernetwork --steps 10000 --minutes 9
     torchrun --nproc-per-node 2 train_hypernetwork.py ...    (on two GPUs)
 
 Run it again to go on: it stops after `--minutes` with a checkpoint, and the schedule counts steps: constant after the
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from clips import FormedClips, SceneTrainer
+from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainerCallback
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
@@ -60,7 +61,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vlm", type=Path, help="folder of stage 1")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--start-from", type=Path, help="a folder of a model, whose hypernetwork to begin with")
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
     parser.add_argument("--batch-size", type=int, default=512, help="clips of one process")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
@@ -84,7 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace) -> tuple[Video2LoraModel, Video2LoraProcessor]:
-    """A new hypernetwork on the trained VLM, in bfloat16 where there is a GPU."""
+    """A hypernetwork on the trained VLM, new or as it was left, in bfloat16 where there is a GPU."""
     torch.manual_seed(options.seed)
     model = Video2LoraModel.from_vlm(
         options.vlm,
@@ -103,6 +105,10 @@ def build(options: argparse.Namespace) -> tuple[Video2LoraModel, Video2LoraProce
         # a sum of adapters knows no order: a segment has to say itself when it was
         prompt_timestamps="file",
     )
+    if options.start_from:
+        tensors, prefix = load_file(options.start_from / "model.safetensors"), "hypernetwork."
+        weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        model.hypernetwork.load_state_dict(weights)
     processor = AutoProcessor.from_pretrained(options.vlm)
     return model, Video2LoraProcessor.from_config(model.config, vlm_processor=processor)
 
