@@ -31,10 +31,9 @@ def _torch_threads() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _modules_are_no_garbage() -> Iterator[None]:
-    """What was imported is not searched for garbage again: every training run collects, 0.3 s for modules alone."""
-    gc.collect()
+@pytest.fixture(scope="module")
+def modules_are_no_garbage() -> Iterator[None]:
+    """What was imported is not searched for garbage: every training run's end collects, 0.3 s for modules alone."""
     gc.freeze()
     yield
     gc.unfreeze()

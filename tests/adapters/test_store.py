@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from video2lora.adapters import AdapterError, VideoAdapter, VideoAdapterStore, storage
 from video2lora.adapters.errors import OutputExistsError
 
+from ..processes import fork_server
+
 KEYS = [VideoAdapterStore.key({"video": number}) for number in range(6)]
 
 
@@ -218,7 +220,7 @@ def test_processes_that_write_and_are_killed_leave_nothing_wrong(tmp_path, make_
     for number in range(len(KEYS)):
         make_adapter(number).save_pretrained(tmp_path / "source" / str(number))
     size = sum(file.stat().st_size for file in (tmp_path / "source" / "0").iterdir())
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     store = VideoAdapterStore(tmp_path / "store")
 
     def start(seed: int) -> multiprocessing.process.BaseProcess:

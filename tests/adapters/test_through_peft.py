@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from video2lora.adapters import compose_adapters, extract_text_model
+
+from ..processes import run_code
 
 # job name -> how it is loaded, which base and which adapter
 JOBS = {
@@ -64,8 +64,8 @@ def results(tmp_path_factory, vlm, qwen, make_adapter, merged, logits):
     }
     (tmp / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("peft_only.py")
-    command = [sys.executable, script, tmp / "jobs.json", tmp / "logits.safetensors"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = run_code(code, tmp / "jobs.json", tmp / "logits.safetensors")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"job"')]
     adapted = {line["job"]: line["adapted"] for line in lines}

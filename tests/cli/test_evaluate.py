@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from video2lora.evaluation.report_document import without_times
 from video2lora.testing import tiny_clip
 
 from ..evaluation.judge_server import Server, server
+from ..processes import COMMAND, run_code
 
 __all__ = ["server"]
 
@@ -32,7 +32,6 @@ RunFolder.append = lambda *arguments: (append(*arguments), time.sleep(1))
 main()
 """
 SETTINGS = ("--num-frames", 4, "--max-new-tokens", 6, "--batch-size", 2, "--device", "cpu")
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "video2lora"]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def test_two_processes_equal_one(run: Callable[..., Any], model_dir: Path, rows_
     assert len(document["errors"]) == 1 and document["unscored"] == {}
     assert {verdict["condition"] for verdict in document["verdicts"]} == {"adapter", "no_adapter", "other_adapter"}
     assert all(verdict["margin"] == 0.05 and verdict["n"] == 6 for verdict in document["verdicts"])
-    two = _launch(LAUNCH, *arguments, "-o", tmp_path / "two")
+    two = run_code(COMMAND, *arguments, "-o", tmp_path / "two", processes=2)
     assert two.returncode == 0, two.stderr
     assert len(list((tmp_path / "two" / "answers").glob("part-*.jsonl"))) == 2
     records = [read_run(tmp_path / name).records.drop_columns(TIMES) for name in ("one", "two")]
@@ -168,11 +167,6 @@ def _report(folder: Path) -> dict[str, str | bytes]:
         elif path.suffix in (".png", ".jpg") and path.name != "amortisation.png":
             files[name] = path.read_bytes()
     return files
-
-
-def _launch(launch: list[str], *arguments: object) -> Any:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=120)
 
 
 def test_a_table_and_verdicts_tell_what_came_out(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,8 @@ import pytest
 from video2lora.data import load_rows
 from video2lora.testing import tiny_clip
 from video2lora.trainer.teacher import TeacherLogits
+
+from ..processes import COMMAND, run_code
 
 HELP = """
 import sys
@@ -63,10 +64,7 @@ def test_two_processes_equal_one(run: Callable[..., Any], base_dir: Path, rows_f
     assert load_rows(document["manifest"])["id"] == [f"r{i}" for i in range(9) if i != 3]
     assert len(TeacherLogits(tmp_path / "one")) == 8
 
-    # accelerate's own launcher starts one process only where there is no GPU, unless told otherwise
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    launch += ["-m", "video2lora"]
-    two = _launch(launch, *arguments, "-o", tmp_path / "two")
+    two = run_code(COMMAND, *arguments, "-o", tmp_path / "two", processes=2)
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout)["num_skipped"] == 1
     assert _files(tmp_path / "two") == _files(tmp_path / "one")
@@ -74,18 +72,10 @@ def test_two_processes_equal_one(run: Callable[..., Any], base_dir: Path, rows_f
 
 def test_too_many_bad_videos_end_both_processes(base_dir: Path, rows_file: Path, tmp_path: Path) -> None:
     """The process that meets none must not wait for the other for ever."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = _launch(
-        [*launch, "-m", "video2lora"], "teach", rows_file, "--base", base_dir, *SETTINGS, "-o", tmp_path / "o"
-    )
+    done = run_code(COMMAND, "teach", rows_file, "--base", base_dir, *SETTINGS, "-o", tmp_path / "o", processes=2)
     assert done.returncode != 0
     assert "error: 1 of 9 videos cannot be read" in done.stderr and "bad.mp4" in done.stderr
     assert not (tmp_path / "o" / "manifest.jsonl").exists()
-
-
-def _launch(launch: list[str], *arguments: object) -> Any:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=120)
 
 
 def test_a_table_tells_what_was_done(run: Callable[..., Any], base_dir: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ from datasets import Dataset, IterableDataset, load_dataset
 from tests.data.finevideo_rows import metadata, rows
 
 from video2lora.data import DatasetError, ExportSummary, check_rows, export, export_finevideo, load_rows
+
+from ..processes import run_code
 
 NUM_VIDEOS = 12
 
@@ -146,9 +146,7 @@ for count, name in ((4, "replace"), (6, "fsync"), (7, "replace"), (1, "fsync")):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_kill_9_at_the_worst_moments(whole: tuple[dict[str, bytes], ExportSummary], tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, timeout=120, check=True)
+    run_code(KILLED, tmp_path).check_returncode()
     assert list(tmp_path.rglob("*.part")), "a kill before the rename leaves the temporary file"
     summary = export_finevideo(tmp_path, source=Dataset.from_list(source_rows()), spans_per_video=3)
     assert contents(tmp_path) == whole[0] and same(summary, whole[1])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 import pytest
 
 from video2lora.data.journal import Journal
+
+from ..processes import run_code
 
 
 def _records(journal: Journal) -> list[Any]:
@@ -74,7 +74,7 @@ def test_a_killed_process_leaves_all_it_has_appended(tmp_path: Path) -> None:
     journal._file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)])
+    done = run_code(textwrap.dedent(code), tmp_path)
     assert done.returncode == -signal.SIGKILL
     journal = _opened(tmp_path)
     journal.append({"unit": 5})

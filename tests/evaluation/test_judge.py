@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +11,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 from video2lora.evaluation import judge_endpoint
@@ -22,6 +20,7 @@ from video2lora.evaluation.judge_cache import JudgmentCache
 from video2lora.evaluation.judge_rubrics import RUBRICS, UnreadableReplyError, read_reply
 from video2lora.evaluation.metrics import JudgeScore, score
 
+from ..processes import fork_server
 from .judge_server import Server, completion, server
 
 __all__ = ["server"]
@@ -393,15 +392,13 @@ def test_threads_share_a_judge_and_judges_a_folder(server: Server, make: Callabl
     assert len(server.requests) == count
 
 
-KILLED = """
-import sys, huggingface_hub.constants
-huggingface_hub.constants.HF_HUB_OFFLINE = False
-from video2lora.evaluation.judge import Judge
-numbers = range(200)
-Judge("some/judge", base_url=sys.argv[1], cache_dir=sys.argv[2], max_concurrency=2).score(
-    [f"answer {n}" for n in numbers], [[f"right {n}"] for n in numbers], [f"question {n}" for n in numbers]
-)
-"""
+def _ask(url: str, cache: str) -> None:
+    """In a process that is killed."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    numbers = range(200)
+    Judge("some/judge", base_url=url, cache_dir=cache, max_concurrency=2).score(
+        [f"answer {n}" for n in numbers], [[f"right {n}"] for n in numbers], [f"question {n}" for n in numbers]
+    )
 
 
 def test_kill_9_costs_at_most_the_calls_under_way(server: Server, make: Callable[..., Judge], tmp_path: Path) -> None:
@@ -414,12 +411,13 @@ def test_kill_9_costs_at_most_the_calls_under_way(server: Server, make: Callable
         return grade(data)
 
     server.respond = respond
-    process = subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(tmp_path / "cache")])
+    process = fork_server().Process(target=_ask, args=(server.url, str(tmp_path / "cache")))
+    process.start()
     try:
         assert enough.wait(120)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     first = set(server.answers)
     server.requests.clear(), server.answers.clear()
     server.respond = lambda data, number: grade(data)

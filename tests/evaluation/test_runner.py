@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +27,8 @@ from video2lora.evaluation.scoring import score_run, verdicts
 from video2lora.evaluation.work import plan_groups
 from video2lora.modeling import Video2LoraModel, Video2LoraProcessor
 from video2lora.testing import tiny_clip
+
+from ..processes import run_code
 
 CONDITION_NAMES = ["video", "adapter", "no_adapter", "other_adapter"]
 DECODING = Decoding(max_new_tokens=6, batch_size=3)
@@ -248,8 +248,9 @@ def test_killed_and_started_again_equals_a_run_never_stopped(
 
 def test_killed_while_conditions_learn(model: Any, checkpoint: Path, rows_file: Path, tmp_path: Path) -> None:
     """Conditions that draw and train go on as they would have, too."""
+    few = {"caption": {"max_new_tokens": 16}, "lora_from_zero": {"max_new_tokens": 16, "steps": 2}}
     names = ["video", "kv_cache", "caption", "lora_from_zero"]
-    options = [CONDITIONS[name](*model, **({"steps": 2} if "lora" in name else {})) for name in names]
+    options = [CONDITIONS[name](*model, **few.get(name, {})) for name in names]
     evaluate(model, rows_file, tmp_path / "whole", conditions=options)
     append, left = runner.RunFolder.append, 3
 
@@ -267,15 +268,13 @@ def test_killed_while_conditions_learn(model: Any, checkpoint: Path, rows_file: 
         patch.setattr(runner.RunFolder, "append", dying)
         with pytest.raises(Killed):
             evaluate(model, rows_file, tmp_path / "again", conditions=options)
-    options = [CONDITIONS[name](*model, **({"steps": 2} if "lora" in name else {})) for name in names]
+    options = [CONDITIONS[name](*model, **few.get(name, {})) for name in names]
     evaluate(model, rows_file, tmp_path / "again", conditions=options)
     assert _without_times(tmp_path / "again") == _without_times(tmp_path / "whole")
 
 
 def _run(checkpoint: Path, rows: Path, output: Path, units: int, conditions: Sequence[str]) -> Any:
-    command = [sys.executable, "-c", RUN, checkpoint, rows, output, units, *conditions]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    return run_code(RUN, checkpoint, rows, output, units, *conditions)
 
 
 @pytest.mark.parametrize("step", ["run.json", "records.parquet", "scores"])

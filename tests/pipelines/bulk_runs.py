@@ -1,15 +1,15 @@
-"""What the tests of bulk runs share: a launched process, and how the folder that a run leaves is read."""
+"""What the tests of bulk runs share: a new process, and how the folder that a run leaves is read."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from video2lora.pipelines.bulk import BulkSummary
+
+from ..processes import run_code
 
 SIZES = {"rank": 4, "latent_size": 16, "num_latents": 4, "num_blocks": 2, "num_frames": 3, "longest_edge": 64}
 OPTIONS: dict[str, Any] = {"batch_size": 2, "num_workers": 2}
@@ -60,8 +60,6 @@ def counts_of(summary: BulkSummary) -> tuple[int, int, int, int]:
 
 
 def run_process(
-    model: Path, videos: Path, output: Path, *, saves: int = 10**6, limit: int = 0, launch: Any = ("-c", RUN)
-) -> Any:
-    command = [sys.executable, *launch, str(model), str(videos), str(output), str(saves), str(limit)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    model: Path, videos: Path, output: Path, *, saves: int = 10**6, limit: int = 0, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    return run_code(RUN, model, videos, output, saves, limit, processes=processes)

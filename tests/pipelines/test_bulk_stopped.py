@@ -12,7 +12,7 @@ import pytest
 from video2lora.data import DatasetError
 from video2lora.pipelines.bulk import internalize_many
 
-from .bulk_runs import OPTIONS, RUN, counts_of, files_of, index_of, run_process
+from .bulk_runs import OPTIONS, counts_of, files_of, index_of, run_process
 
 
 @pytest.mark.parametrize("saves", [0, 3])
@@ -38,31 +38,22 @@ def test_killed_and_started_again_equals_a_run_never_stopped(
 
 
 def test_two_processes_equal_one(model_dir: Path, clips: Path, whole: Path, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    done = run_process(model_dir, clips, tmp_path / "out", launch=launch)
+    done = run_process(model_dir, clips, tmp_path / "out", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("7 videos: 7 made, 0 already there, 0 skipped") == 2  # the same in both
     assert files_of(tmp_path / "out") == files_of(whole)
 
 
 def test_one_of_two_processes_is_killed(pipe: Any, model_dir: Path, clips: Path, whole: Path, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    assert run_process(model_dir, clips, tmp_path / "out", saves=2, launch=launch).returncode != 0
+    assert run_process(model_dir, clips, tmp_path / "out", saves=2, processes=2).returncode != 0
     made = counts_of(internalize_many(pipe, clips, tmp_path / "out", **OPTIONS))[0]  # with one process
     assert made >= 3
     assert files_of(tmp_path / "out") == files_of(whole)
 
 
 def test_an_error_in_the_main_process_ends_all(model_dir: Path, tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     (tmp_path / "empty").mkdir()
-    done = run_process(model_dir, tmp_path / "empty", tmp_path / "out", launch=launch)
+    done = run_process(model_dir, tmp_path / "empty", tmp_path / "out", processes=2)
     assert done.returncode != 0 and "holds no videos" in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from video2lora.testing import save_tiny_vlm, tiny_clip
 from ..hub.fixtures import hub, patched_hub
 
 __all__ = ["hub", "patched_hub"]
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage(modules_are_no_garbage: None) -> None:
+    """What a test left, such as an error's traceback, may hold a decoder, which has threads.
+
+    A forked worker that collects it waits for them for ever, and with little else to search it soon would.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,10 @@
-"""Training runs of tiny models, in this process or in new ones (of one rank or two) that can be killed.
-
-New processes come from a fork server that has imported everything, so they start at once and know nothing of pytest.
-"""
+"""Training runs of tiny models, in this process or in new ones (of one rank or two) that can be killed."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
-from transformers.models.smolvlm import modeling_smolvlm, processing_smolvlm  # noqa: F401 - loaded before forking
 
 from video2lora.data import load_rows
 from video2lora.modeling import Video2LoraModel
 from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
+from video2lora.trainer.callbacks import LearningCurveCallback
+
+from ..processes import launch as start
+from ..processes import output_to
 
 MODEL: dict[str, Any] = {"latent_size": 8, "num_blocks": 1, "rank": 2, "num_latents": 2, "num_frames": 2}
 ARGUMENTS: dict[str, Any] = {
@@ -84,7 +83,9 @@ def make_trainer(
     """A trainer of a fresh model with the settings of these tests."""
     args = Video2LoraTrainingArguments(output_dir=str(output), **ARGUMENTS | arguments)
     model = make_model(base) if model is None else model
-    return Video2LoraTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks)
+    trainer = Video2LoraTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks)
+    trainer.remove_callback(LearningCurveCallback)  # 0.2 s a run; test_callbacks.py has trainers that draw it
+    return trainer
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -257,17 +258,11 @@ def run_fsdp(output: Path, settings: dict[str, Any]) -> None:
     (output / f"found-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-def _child(rank: int, world: int, port: int, target: Callable[..., None], output: Path, arguments: dict) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+def _child(rank: int, target: Callable[..., None], output: Path, arguments: dict[str, Any]) -> None:
+    if "RANK" in os.environ:
         ARGUMENTS["ddp_backend"] = "gloo"
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers, as on any Linux
-    log = open(output / f"stderr-{rank}.txt", "w", buffering=1)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    output_to(output / f"stderr-{rank}.txt")
     try:
         target(output, **arguments)
     except BaseException:
@@ -283,37 +278,9 @@ def _child(rank: int, world: int, port: int, target: Callable[..., None], output
 def launch(
     target: Callable[..., None], output: Path, processes: int = 1, timeout: float = 120, **arguments: Any
 ) -> list[int | None]:
-    """Run `target(output, **arguments)` in new processes; their exit codes (-9: killed, None: it hung and was ended).
-
-    Once one was killed or failed, the others wait for it in vain and are ended too, as a launcher does.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    """Run `target(output, **arguments)` in new processes (`tests.processes.launch`); their exit codes."""
     output.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [
-        context.Process(target=_child, args=(rank, processes, port, target, output, arguments))
-        for rank in range(processes)
-    ]
-    for child in children:
-        child.start()
-    try:
-        for _ in range(int(timeout * 20)):
-            for child in children:
-                child.join(0.05 / processes)
-            codes = [child.exitcode for child in children]
-            if None not in codes or any(codes):
-                break
-        if any(codes):
-            for child in children:
-                child.join(5)
-        return [child.exitcode for child in children]
-    finally:
-        for child in children:  # also when the test runs out of time: pytest would wait for them for ever
-            child.kill()
-            child.join()
+    return start(_child, target, output, arguments, processes=processes, timeout=timeout)
 
 
 def succeed(target: Callable[..., None], output: Path, processes: int = 1, **arguments: Any) -> Path:

@@ -19,6 +19,7 @@ from video2lora.modeling.configuration import Video2LoraConfig
 from video2lora.trainer import Video2LoraCollator
 from video2lora.video.decoder import VideoDecoder
 
+from ..processes import fork_server
 from .runs import losses, make_model, make_trainer
 
 
@@ -254,13 +255,15 @@ def test_segments_are_composed_as_the_segments_adapters_are(count, tiny_vlm_dir,
                     assert all(torch.equal(piece[:, rank:], static) for piece in pieces)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_workers_make_the_same_batches_and_hear_of_the_epoch(context, processor, rows):
+    """Forked with what is in memory, and by a server to which all has to be pickled."""
     parsed = load_rows(rows[:4])
     settings: dict[str, Any] = {"composition_probability": 0.5, "max_segments": 3, "max_queries_per_video": 1}
     collate, own = Video2LoraCollator(processor, 7, **settings), Video2LoraCollator(processor, 7, **settings)
     loader = DataLoader(
-        parsed, batch_size=2, collate_fn=collate, num_workers=1, multiprocessing_context=context,
+        parsed, batch_size=2, collate_fn=collate, num_workers=1,
+        multiprocessing_context=fork_server() if context == "forkserver" else context,
         persistent_workers=True,
     )  # fmt: skip
     drawn = []

@@ -7,8 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from video2lora.trainer.losses import kl_per_token, kl_top_k_per_token
 from video2lora.trainer.teacher import TeacherLogits, plan_units, teach
 from video2lora.trainer.teacher_logits import LogitsWriter, top_k_targets
 from video2lora.trainer.teacher_queries import Teacher
+
+from ..processes import run_code
 
 FAMILIES = {"smolvlm": tiny_smolvlm, "idefics3": tiny_idefics3, "qwen2_5_vl": tiny_qwen2_5_vl}
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 3, "num_workers": 2}
@@ -231,8 +231,7 @@ def test_threads_change_nothing(workers: int, taught: Path, model: Any, rows_fil
 def test_killed_and_started_again_equals_a_run_never_stopped(
     taught: Path, model: Any, rows_file: Path, tiny_vlm_dir: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(tiny_vlm_dir), str(rows_file), str(tmp_path), "1"]
-    killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = run_code(KILLED, tiny_vlm_dir, rows_file, tmp_path, 1)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "manifest.jsonl").exists()
     part = tmp_path / "parts" / "part-00000.jsonl"
