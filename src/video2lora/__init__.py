@@ -47,5 +47,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "_video2lora_cli" not in sys.modules:  # the command line, which must answer --help at once, imports what it needs
+def _is_command() -> bool:
+    """Whether this process is the command line (`video2lora`, `python -m video2lora`), which imports what it needs."""
+    arguments = getattr(sys, "argv", [])
+    if arguments[:1] == ["-m"]:  # still in the place of the module that it will run
+        return sys.orig_argv[-len(arguments)] == __name__
+    return "_video2lora_cli" in sys.modules
+
+
+if not _is_command():  # it must answer --help at once
     importlib.import_module(f"{__name__}.pipelines")

@@ -62,3 +62,5 @@ def test_the_package_runs_as_a_module() -> None:
     done = _process("-m", "video2lora", "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("video2lora ")
+    imported = _process("-X", "importtime", "-m", "video2lora", "internalize", "--help").stderr
+    assert "video2lora.cli" in imported and "torch" not in imported and "transformers" not in imported
