@@ -155,6 +155,9 @@ def test_every_stage_runs_and_goes_on(modules, tmp_path, monkeypatch):
     stage("train_hypernetwork", vlm, "-o", hypernetwork, "--steps", 2, "--minutes", 0, *small)
     assert (hypernetwork / "checkpoint-1").exists() and not (hypernetwork / "model.safetensors").exists()
     stage("train_hypernetwork", vlm, "-o", hypernetwork, "--steps", 2, *small)
+    steps = [json.loads(line) for line in (hypernetwork / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2] and set(steps[1]["exact_match"]) == {*modules[3].VALIDATED}
+    assert set(steps[1]["exact_match"]["8 segments"]) >= {"caption", "existence", "motion"}
     further = ("--start-from", hypernetwork, "--steps", 1, "--learning-rate", 0)
     stage("train_hypernetwork", vlm, "-o", tmp_path / "further", *further, *small)
     before, after = (load_file(folder / "model.safetensors") for folder in (hypernetwork, tmp_path / "further"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from video2lora import Video2LoraProcessor
 from video2lora.data import load_rows
-from video2lora.data.moving_shapes import write_moving_shapes
+from video2lora.data.moving_shapes import MovingShapes, write_moving_shapes
 
 VLM = Path(__file__).parents[1] / "examples" / "moving_shapes" / "vlm"
 CLIPS = 64  # of the split that stage 1 validates on
@@ -64,3 +65,20 @@ def test_its_folder_is_as_transformers_writes_it():
     }
     text = b"".join(path.read_bytes() for path in VLM.iterdir() if path.suffix in (".json", ".jsonl", ".jinja"))
     assert not re.search(rb'"/[a-z]+/', text)
+
+
+def test_stage_2s_validation_is_greedy_generation(recipe_module, monkeypatch, tmp_path):
+    """With a new hypernetwork, whose adapters change nothing: what the VLM guesses from the question alone."""
+    train_hypernetwork, clips = recipe_module("train_hypernetwork"), recipe_module("clips")
+    monkeypatch.setattr(sys, "argv", ["train_hypernetwork.py", str(VLM), "-o", str(tmp_path)])
+    model, processor = train_hypernetwork.build(train_hypernetwork.parse())
+    found = train_hypernetwork.validate(model, processor, clips.Form(24, 6, 3), 6)
+    right: dict[str, list[bool]] = {}
+    for row in MovingShapes("validation", 6):
+        inputs = processor(text=[query["prompt"] for query in row["queries"]])
+        output = model.generate(**inputs, max_new_tokens=96, do_sample=False)
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for query, answer in zip(row["queries"], answers, strict=True):
+            right.setdefault(query["task"], []).append(answer.strip() == query["response"])
+    assert found == {task: round(sum(values) / len(values), 4) for task, values in sorted(right.items())}
+    assert 0 < sum(found.values()) < len(found) == 11

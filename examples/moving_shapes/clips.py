@@ -286,8 +286,11 @@ class SceneCollator(Video2LoraCollator):
         self.prompts = Prompts(processor)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        form: Form = rows[0]["form"]
-        return super().__call__(rows[: form.clips(len(rows))]) | {"longest_edge": form.longest_edge}
+        return self.batch_of(rows[: rows[0]["form"].clips(len(rows))])
+
+    def batch_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of all these rows."""
+        return super().__call__(rows) | {"longest_edge": rows[0]["form"].longest_edge}
 
     def _sample(
         self, row: Mapping[str, Any], queries: Sequence[tuple[int, Mapping[str, str]]], draw: random.Random
