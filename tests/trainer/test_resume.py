@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +68,32 @@ def test_killed_in_a_step(step, workers, settings, unstopped, tmp_path):
     assert [entry["loss"] for entry in log if "loss" in entry] == unstopped[1]
 
 
+@pytest.fixture(scope="module")
+def streamed(settings, tmp_path_factory) -> Callable[[int], tuple[dict[str, Any], dict]]:
+    """Of a number of workers: settings of a run on a stream, and what it ends in if it is not stopped."""
+
+    @cache
+    def streamed(workers: int) -> tuple[dict[str, Any], dict]:
+        columns = ("id", "video", "conversations")
+        rows = Dataset.from_list([{name: row[name] for name in columns} for row in settings["rows"][:5]])
+        stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=3)
+        ours = settings | {"rows": stream, "max_steps": 8, "dataloader_num_workers": workers}
+        del ours["num_train_epochs"]
+        output = str(tmp_path_factory.mktemp("streamed"))
+        return ours, weights(train(ours, output=output, save_strategy="no").model)
+
+    return streamed
+
+
 @pytest.mark.parametrize(("step", "workers"), [(2, 0), (3, 0), (5, 0), (6, 2), (7, 0)])
-def test_a_stream_killed_in_any_pass(step, workers, settings, tmp_path):
+def test_a_stream_killed_in_any_pass(step, workers, streamed, tmp_path):
     """Three steps a pass, the last of one batch; shuffled anew in each; killed in and between the passes."""
-    columns = ("id", "video", "conversations")
-    rows = Dataset.from_list([{name: row[name] for name in columns} for row in settings["rows"][:5]])
-    stream = rows.to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=3)
-    settings = settings | {"rows": stream, "max_steps": 8, "dataloader_num_workers": workers}
-    del settings["num_train_epochs"]
-    unstopped = train(settings, output=str(tmp_path / "unstopped"), save_strategy="no")
-    settings |= {"output": str(tmp_path / "run")}
+    settings, unstopped = streamed(workers)
+    settings = settings | {"output": str(tmp_path / "run")}
     assert launch(run_training, tmp_path / "killed", settings=settings | {"kill_step": step}) == [-9]
     assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / f"run/checkpoint-{step}")
     succeed(run_training, tmp_path / "resumed", settings=settings | {"resume": True})
-    assert_same(saved(tmp_path / "resumed"), weights(unstopped.model))
+    assert_same(saved(tmp_path / "resumed"), unstopped)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
