@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import snapshot_download
+from transformers import TrainerCallback
 
 from video2lora.modeling import Video2LoraModel, Video2LoraProcessor
 from video2lora.trainer.checkpoints import is_complete
@@ -42,6 +44,16 @@ def test_pushed_at_the_end_it_loads_with_the_trained_weights(patched_hub, tiny_v
     assert processor.num_frames == trainer.processor.num_frames
 
 
+class OneByOne(TrainerCallback):
+    """Waits for each push: of two at once, either commit may come last."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.trainer._finish_current_push()
+
+
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_pushed_while_training(strategy, patched_hub, tiny_vlm_dir, rows, tmp_path):
     repo = f"owner/{strategy.replace('_', '-')}"
@@ -49,6 +61,7 @@ def test_pushed_while_training(strategy, patched_hub, tiny_vlm_dir, rows, tmp_pa
         tiny_vlm_dir, tmp_path / "run", rows, max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True,
         composition_probability=0.25, hub_model_id=repo, hub_strategy=strategy, hub_always_push=True,
     )  # fmt: skip
+    trainer.add_callback(OneByOne(trainer))
     trainer.train()
     trainer._finish_current_push()
     folder = pushed(repo)
