@@ -102,9 +102,10 @@ def test_batches_of_other_adapters_need_no_new_graph(vlm, targets, counts, rows)
 
 def test_graphs_take_adapters_where_they_lie(vlm, targets):
     """Inputs marked as staying in their place are not copied before a CUDA graph is replayed."""
-    marked = []
+    marked, products = [], []
 
     def backend(graph, _inputs):
+        products.append([node for node in graph.graph.nodes if "bmm" in str(node.target)])
         places = [node for node in graph.graph.nodes if node.op == "placeholder"]
         kinds = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in places]
         shapes = [tuple(node.meta["example_value"].shape) for node in places]
@@ -114,10 +115,29 @@ def test_graphs_take_adapters_where_they_lie(vlm, targets):
     decode = Decoder()
     decode.config = CompileConfig(backend=backend, mode=None, fullgraph=True)
     decode.config._compile_all_devices = True
-    with inject_lora(vlm, targets, strong_lora(targets, 3)):
+    with torch.no_grad(), inject_lora(vlm, targets, strong_lora(targets, 3)):
         assert decode.is_eager(vlm, 3)
+    assert not products[-1]  # sums, for one token
     widths = targets.in_features["down_proj"], targets.out_features["down_proj"]
     assert sorted(marked[-1]) == sorted([(3, 4, width) for width in widths] * 2)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [2, 2, 2], [1, 3, 2], [6]])
+def test_one_token_in_half_precision(targets, counts):
+    """Sums in float32 of what is stored in bfloat16: as near to the truth as the products, or nearer."""
+    generator = torch.Generator().manual_seed(0)
+    base = tiny_smolvlm(num_hidden_layers=2)[0].eval()
+    linear = base.get_submodule(targets.paths["down_proj"][0])
+    x = torch.randn(6, 1, linear.in_features, generator=generator)
+    lora = strong_lora(targets, len(counts))
+    with torch.no_grad(), inject_lora(base, targets, lora, counts):
+        truth = linear(x)
+    with torch.no_grad(), inject_lora(base.to(torch.bfloat16), targets, lora, counts):
+        eager = linear(x.bfloat16())
+        compiled = torch.compile(lambda x: linear(x), backend="eager", fullgraph=True)(x.bfloat16())
+    assert compiled.dtype == torch.bfloat16 and compiled.shape == truth.shape
+    scale = truth.abs().max()
+    assert (compiled - truth).abs().max() / scale < 0.02 and (eager - truth).abs().max() / scale < 0.03
 
 
 def test_the_models_own_generate(vlm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from .lora import LoraWeights
@@ -30,8 +33,9 @@ def inject_lora(
     gradients flow into `weights`. It acts only in the thread that entered it, so several threads can share one base.
 
     `torch.compile` sees through it: the adapters are inputs of the graph, so others of the same shapes need no new
-    one, and a graph without adapters is not taken for one with them. Autocast, if any, goes around the block, not
-    into it. While several threads have adapters on, compiled code leaves the graph at every hook.
+    one, and a graph without adapters is not taken for one with them. Opened under `torch.no_grad()`, adapters lie
+    where the last ones lay, and CUDA graphs need no copy of them. Autocast, if any, goes around the block, not into
+    it. While several threads have adapters on, compiled code leaves the graph at every hook.
 
     Args:
         vlm: the frozen base.
@@ -54,8 +58,8 @@ def inject_lora(
         )
     modules = {name: [vlm.get_submodule(path) for path in paths] for name, paths in targets.paths.items()}
     injection = _Injection(modules, weights, counts)
-    _open.add(injection)
     try:
+        _open.add(injection)
         with _seen_by_compiled_code(injection):
             yield
     finally:
@@ -176,12 +180,19 @@ class _Injection:
         self.modules = [module for several in modules.values() for module in several]
         self.deltas: dict[int, _Delta] = {}  # by the module's id: torch.compile can look that up
         self.borrowed: list[_Memory] = []
+        try:
+            self._lay_out(modules, weights, counts)
+        except BaseException:
+            self.give_back()
+            raise
+
+    def _lay_out(self, modules: dict[str, list[nn.Module]], weights: LoraWeights, counts: list[int]) -> None:
         # rows of an adapter are told apart only as far as they must be
         unit = math.gcd(*counts)
         repeats = [count // unit for count in counts]
         rows = 1 if len(counts) == 1 else sum(counts)
         for name, several in modules.items():
-            lora_B = weights.lora_B[name]
+            lora_A, lora_B = weights.lora_A[name], weights.lora_B[name]
             lora_B = lora_B if weights.scaling == 1 else lora_B * weights.scaling
             places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
             for position, module in enumerate(several):
@@ -191,24 +202,26 @@ class _Injection:
                 places.setdefault((weight.device, dtype), []).append(position)
             for place, positions in places.items():
                 first, before = several[positions[0]], len(self.borrowed)
-                a = self._laid_out(first, _chosen(weights.lora_A[name], positions, repeats), place)
-                b = self._laid_out(first, _chosen(lora_B, positions, repeats), place)
+                a = self._laid_out(first, "A", _chosen(lora_A, positions, repeats), place)
+                b = self._laid_out(first, "B", _chosen(lora_B, positions, repeats), place)
                 borrowed = len(self.borrowed) > before
-                for position, lora_a, lora_b in zip(positions, a, b, strict=True):
-                    self.deltas[id(several[position])] = _Delta(lora_a, lora_b, rows, borrowed)
+                for position, one, other in zip(positions, a, b, strict=True):
+                    self.deltas[id(several[position])] = _Delta(one, other, rows, borrowed)
 
     def _laid_out(
-        self, module: nn.Module, layers: Tensor, place: tuple[torch.device, torch.dtype]
+        self, module: nn.Module, role: str, layers: Tensor, place: tuple[torch.device, torch.dtype]
     ) -> Sequence[Tensor]:
         """Each layer's `[groups, m, n]` in one piece of memory and in `place`, of a `[layers, groups, m, n]`.
 
-        The cast happens once, not at every token. Adapters that are not trained lie where the last ones of this size
-        lay: there CUDA graphs find them without a copy at every token.
+        The cast happens once, not at every token. Without gradients adapters lie where the last ones of this size lay:
+        there CUDA graphs find them without a copy at every token.
         """
-        if torch.is_grad_enabled() and layers.requires_grad:
-            # the gradient of unbind is made in one piece, not added up layer by layer
-            return layers.to(*place).contiguous().unbind()
-        memory = _kept.borrow(module, layers.shape, place)
+        if not _is_plain(layers):
+            layers = layers.to(*place).contiguous()
+            # strides of one adapter are meaningless, but graphs are made for them; and the gradient of unbind is made
+            # in one piece, not added up layer by layer
+            return layers.flatten(0, 1).unflatten(0, (len(layers), -1)).unbind()
+        memory = _kept.borrow(module, role, tuple(layers.shape), place)
         self.borrowed.append(memory)
         memory.whole.copy_(layers)
         return memory.layers
@@ -229,6 +242,18 @@ def _chosen(stacked: Tensor, positions: list[int], repeats: list[int]) -> Tensor
     return layers
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether nobody watches what is done with a tensor: no gradient, no transform (torch.func), no tracing."""
+    return (
+        not torch.is_grad_enabled()
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and _get_current_dispatch_mode() is None
+    )
+
+
 class _Memory:
     """A place for the adapters of one module name, whose address compiled code may keep.
 
@@ -236,44 +261,63 @@ class _Memory:
         whole: `[layers, groups, m, n]`.
         layers: its layers, always the same tensors.
         free: whether no open block uses it.
+        used: when it was last borrowed, as a count.
     """
 
-    def __init__(self, shape: torch.Size, place: tuple[torch.device, torch.dtype]) -> None:
+    def __init__(self, shape: tuple[int, ...], place: tuple[torch.device, torch.dtype]) -> None:
         with torch.inference_mode(False):  # whose tensors could not be written again outside it
             self.whole = torch.empty(shape, device=place[0], dtype=place[1])
         self.layers = self.whole.unbind()
-        self.free = False
+        self.free, self.used = False, 0
         for layer in self.layers:
             # what torch._dynamo.mark_static_address(layer, guard=False) does, without importing Dynamo
             layer._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
 
 class _Kept:
-    """Memory of adapters that have been on a base, `MOST` sizes of each module name, for the next ones to lie in."""
+    """Memory of adapters that have been on a base, for the next ones to lie in.
 
-    MOST = 4
+    For each module name so many sizes (torch makes as many graphs of a function) and so many bytes are kept, lora_A
+    and lora_B apart; what was used longest ago goes first.
+    """
+
+    SIZES, BYTES = 8, 2**29
 
     def __init__(self) -> None:
         self._memories: WeakKeyDictionary[nn.Module, list[tuple[Any, _Memory]]] = WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._lock, self._count = threading.Lock(), itertools.count(1)
 
-    def borrow(self, module: nn.Module, shape: torch.Size, place: tuple[torch.device, torch.dtype]) -> _Memory:
-        """Memory of this size for the adapters of `module` and its like, which nobody else uses until it is free."""
+    def borrow(
+        self, module: nn.Module, role: str, shape: tuple[int, ...], place: tuple[torch.device, torch.dtype]
+    ) -> _Memory:
+        """Memory for the adapters of `module` and its like, which nobody else uses until it is free."""
         # work on one stream is done in order: what comes next does not overwrite what is still read
         stream = torch.cuda.current_stream(place[0]).cuda_stream if place[0].type == "cuda" else None
-        key = (tuple(shape), place, stream)
+        key = (role, shape, place, stream)
         with self._lock:
             found = self._memories.setdefault(module, [])
-            for number, (other, memory) in enumerate(found):
-                if memory.free and other == key:
-                    found.append(found.pop(number))
-                    memory.free = False
-                    return memory
+            # the first, always: whatever blocks were open at once, the next one alone has the place it had
+            memory = next((memory for other, memory in found if memory.free and other == key), None)
+            if memory is not None:
+                memory.free, memory.used = False, next(self._count)
+                return memory
         memory = _Memory(shape, place)
         with self._lock:
+            memory.used = next(self._count)
             found.append((key, memory))
-            del found[: -2 * self.MOST]  # of lora_A and lora_B
+            self._drop(found, role)
         return memory
+
+    def _drop(self, found: list[tuple[Any, _Memory]], role: str) -> None:
+        """Let go of what is too much, but not of what is in use."""
+        mine = sorted((item for item in found if item[0][0] == role), key=lambda item: item[1].used)
+        left = sum(memory.whole.nbytes for _, memory in mine)
+        for number, item in enumerate(mine):
+            if len(mine) - number <= self.SIZES and left <= self.BYTES:
+                break
+            if item[1].free:
+                left -= item[1].whole.nbytes
+                found.remove(item)
 
 
 _kept = _Kept()

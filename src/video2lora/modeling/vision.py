@@ -105,7 +105,7 @@ def _frames_at_once(model: Any, frames: Tensor) -> int:
     """How many of `frames` `[frames, channels, height, width]` the vision tower sees together."""
     vision = getattr(model.config, "vision_config", None)
     patch, width = getattr(vision, "patch_size", None), getattr(vision, "hidden_size", HIDDEN_SIZE)
-    if not isinstance(patch, int):
+    if not isinstance(patch, int) or not isinstance(width, int) or width < 1:
         return FRAMES_AT_ONCE
     patches = (frames.shape[-2] // patch) * (frames.shape[-1] // patch)
     return FRAMES_AT_ONCE * max(1, PATCHES_A_FRAME // max(1, patches)) * max(1, HIDDEN_SIZE // width)
