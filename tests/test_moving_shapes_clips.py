@@ -123,12 +123,13 @@ def test_a_batch_of_much_work_has_fewer_clips(recipe, processor):
     Form = recipe["clips"].Form
     assert Form().clips(512) == Form(num_frames=36, length=36).clips(512) == 512
     assert Form(96, 96).clips(512) == Form(96, 12, 8).clips(512) == 192
+    assert Form(48, 12, 8).pictures == 48  # a segment has no more frames
     assert Form(longest_edge=256).pictures == 12 * 17 and Form(longest_edge=32).pictures == 12
     batch = recipe["clips"].SceneCollator(processor)(rows_of(recipe, Form(96, 96), 6))
     assert batch["num_videos"] == len(batch["segments_per_adapter"]) == 2 == len(batch["kept"])
 
 
-def test_forms_come_in_blocks_and_follow_from_the_number(recipe):
+def test_forms_come_in_blocks_and_follow_from_the_number(recipe, processor):
     make = recipe["clips"].FormedClips
     clips = make(4, plain=5, composition=0.3, seed=1, queries_per_video=2)
     forms = [clips[i]["form"] for i in range(400)]
@@ -136,10 +137,15 @@ def test_forms_come_in_blocks_and_follow_from_the_number(recipe):
     assert {*forms[:20]} == {recipe["clips"].Form()} and len({*forms[20:]}) > 20
     assert forms[200:] == [make(4, 5, 0.3, 1, queries_per_video=2)[i]["form"] for i in range(200, 400)]
     assert all(len(clips[i]["video"]) == clips[i]["form"].length for i in range(0, 400, 4))
+    assert forms[200:] != [make(4, 5, 0.3, 2, queries_per_video=2)[i]["form"] for i in range(200, 400)]
     several = [make(1, seed=2, composition=0.3)[i]["form"] for i in range(1000)]
     assert 0.25 < sum(form.segments > 1 for form in several) / 1000 < 0.35
     assert {form.segments for form in several} == {*range(1, 9)}
     assert all(form.num_frames <= form.length for form in several)
+    assert all(form.length >= 48 for form in several if form.segments > 1)
+    mixed = [make(1, seed=2, composition=1.0)[i] for i in range(2)]
+    with pytest.raises(ValueError, match="2 forms"):
+        recipe["clips"].SceneCollator(processor)(mixed)
 
 
 def test_every_way_to_cut_a_clip_has_the_ordinary_prompt(recipe, processor):
@@ -232,6 +238,57 @@ class _Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+
+def test_pictures_are_drawn_for_a_step(recipe, vlm, tmp_path):
+    rows = rows_of(recipe, recipe["clips"].Form(12, 2, longest_edge=128), 2)
+    small = ("--batch-size", "2", "--workers", "0", "--steps", "1")
+    trainer = make_trainer(recipe, vlm, recipe["clips"].SceneTrainer, tmp_path, *small, train_dataset=_Rows(rows))
+    (batch,) = trainer.get_train_dataloader()
+    assert trainer._prepare_inputs(batch)["video_inputs"]["pixel_values"].shape == (1, 2 * 2 * 5, 3, 64, 64)
+    trainer.train()
+
+
+def test_what_is_said_on_the_command_line_is_done(recipe, vlm, tmp_path, monkeypatch):
+    module, given = recipe["train_hypernetwork"], []
+
+    class Stop(Exception):
+        pass
+
+    def train(self, **_):
+        given.append(self)
+        raise Stop
+
+    monkeypatch.setattr(module.SceneTrainer, "train", train)
+    asked = ["--plain", "7", "--composition", "0.75", "--batch-size", "3", "--queries", "2", "--seed", "5"]
+    for more in ([], ["--kl", "1"]):
+        monkeypatch.setattr(sys, "argv", ["train_hypernetwork.py", str(vlm), "-o", str(tmp_path), *asked, *more])
+        with pytest.raises(Stop):
+            module.main()
+    clips = given[0].train_dataset
+    assert (clips.block, clips.plain, clips.composition, clips.seed) == (3, 7, 0.75, 5)
+    assert clips.options == {"queries_per_video": 2, "tasks": module.TRAINED_TASKS}
+    assert given[0].args.composition_probability == 0 and given[1].args.composition_probability == 0.75
+
+
+def test_validation_leaves_the_model_in_training_and_counts_every_clip(recipe, vlm, monkeypatch, tmp_path):
+    module = recipe["train_hypernetwork"]
+    monkeypatch.setattr(sys, "argv", ["train_hypernetwork.py", str(vlm), "-o", str(tmp_path)])
+    model, processor = module.build(module.parse())
+    modes, sizes = [], []
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        modes.append(model.training)
+        sizes.append(len(kwargs["queries_per_video"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(recipe["clips"].Form, "clips", lambda self, most: 2)
+    model.train()
+    found = module.validate(model, processor, recipe["clips"].Form(12, 2), 5)
+    assert sizes == [2, 2, 1] and not any(modes) and model.hypernetwork.training
+    assert found["caption"] in (0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def test_the_online_teacher_and_evaluation_have_the_ordinary_batches(recipe, vlm, tmp_path):

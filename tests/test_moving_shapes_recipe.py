@@ -158,10 +158,13 @@ def test_every_stage_runs_and_goes_on(modules, tmp_path, monkeypatch):
     steps = [json.loads(line) for line in (hypernetwork / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2] and set(steps[1]["exact_match"]) == {*modules[3].VALIDATED}
     assert set(steps[1]["exact_match"]["8 segments"]) >= {"caption", "existence", "motion"}
-    further = ("--start-from", hypernetwork, "--steps", 1, "--learning-rate", 0)
-    stage("train_hypernetwork", vlm, "-o", tmp_path / "further", *further, *small)
+    further = ("--start-from", hypernetwork, "--steps", 1, "--learning-rate", 0, "--plain", 0, "--validation", 0)
+    stage("train_hypernetwork", vlm, "-o", tmp_path / "further", *small, *further)
+    assert not (tmp_path / "further" / "validation.jsonl").exists()
     before, after = (load_file(folder / "model.safetensors") for folder in (hypernetwork, tmp_path / "further"))
     assert len(before) == len(after) > 50 and all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(SystemExit, match="is finished"):
+        stage("train_hypernetwork", vlm, "-o", hypernetwork, "--steps", 2, *small)
     stage("export", hypernetwork, "-o", tmp_path / "checkpoint")
     files = [file for file in (tmp_path / "checkpoint").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 30e6

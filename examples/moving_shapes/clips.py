@@ -63,8 +63,8 @@ class Form:
     @property
     def pictures(self) -> int:
         """Pictures of 64 pixels that the vision tower sees of a clip."""
-        edge = self.longest_edge or PIXELS
-        return self.num_frames * self.segments * (1 if edge <= PIXELS else (edge // PIXELS) ** 2 + 1)
+        edge, frames = self.longest_edge or PIXELS, min(self.num_frames, -(-self.length // self.segments))
+        return frames * self.segments * (1 if edge <= PIXELS else (edge // PIXELS) ** 2 + 1)
 
     def clips(self, most: int) -> int:
         """Of a batch: `most` of the usual form, of others as many as take three times the work of these."""
@@ -289,7 +289,14 @@ class SceneCollator(Video2LoraCollator):
         return self.batch_of(rows[: rows[0]["form"].clips(len(rows))])
 
     def batch_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch of all these rows."""
+        """A batch of all these rows.
+
+        Raises:
+            ValueError: they have different forms.
+        """
+        forms = {row["form"] for row in rows}
+        if len(forms) > 1:
+            raise ValueError(f"a batch of {len(forms)} forms: batches must be blocks of `FormedClips`.")
         return super().__call__(rows) | {"longest_edge": rows[0]["form"].longest_edge}
 
     def _sample(

@@ -35,6 +35,8 @@ TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
 
 def main() -> None:
     options = parse()
+    if (options.output / "model.safetensors").exists():
+        raise SystemExit(f"{options.output} is finished: name another folder, and --start-from {options.output}.")
     model, processor = build(options)
     made = arguments(options)
     train = FormedClips(
@@ -45,7 +47,7 @@ def main() -> None:
         queries_per_video=options.queries,
         tasks=options.tasks,
     )
-    validation = MovingShapes("validation", options.validation, queries_per_video=None, tasks=options.tasks)
+    validation = MovingShapes("validation", max(1, options.validation), tasks=options.tasks)
     trainer = SceneTrainer(
         model,
         made,
@@ -57,6 +59,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=any(options.output.glob("checkpoint-*")))
     if trainer.state.global_step >= options.steps:
         trainer.save_model()
+        if options.validation:  # behind what must not be lost
+            trainer.evaluate()
+            trainer.save_model()  # its card tells of it
     if options.validation and trainer.is_world_process_zero():
         found = {name: validate(model, processor, form, options.validation) for name, form in VALIDATED.items()}
         print(as_table(found), flush=True)
@@ -70,12 +75,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--start-from", type=Path, help="a folder of a model, whose hypernetwork to begin with")
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--minutes", type=float, default=60, help="stop after this long, to go on another time")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this long and validate, to go on later")
     parser.add_argument("--batch-size", type=int, default=512, help="clips of one process")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--queries", type=int, help="about each clip; by default one of each task that it has")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TRAINED_TASKS)
-    parser.add_argument("--plain", type=int, default=1000, help="steps at first that show 12 frames of whole clips")
+    parser.add_argument(
+        "--plain", type=int, default=1000, help="steps at first that show 12 frames of whole clips; not with --kl"
+    )
     parser.add_argument("--composition", type=float, default=0.25, help="share of later steps with clips in segments")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--latents", type=int, default=8)
@@ -83,11 +90,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target-modules", nargs="+", default=["down_proj"])
     parser.add_argument("--no-static", action="store_true", help="no learned part common to all videos")
     parser.add_argument(
-        "--kl", type=float, default=0.0, help="weight of the divergence from the VLM that sees the clip"
+        "--kl",
+        type=float,
+        default=0.0,
+        help="weight of the divergence from the VLM that sees the clip, 12 frames of it: slow, drawn on the CPU",
     )
     parser.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy on the answers")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
-    parser.add_argument("--validation", type=int, default=512, help="clips")
+    parser.add_argument("--validation", type=int, default=512, help="clips; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -146,8 +156,6 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
         dataloader_persistent_workers=options.workers > 0,
         dataloader_prefetch_factor=4 if options.workers else None,
         logging_steps=max(1, min(50, options.steps // 4)),
-        eval_strategy="steps",
-        eval_steps=options.steps,
         num_eval_samples=8,
         save_strategy="no",  # when it stops
         report_to="none",

@@ -127,6 +127,12 @@ def test_small_frames_are_more_at_once(side, patch_size, frames):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("width, frames", [(192, 256), (384, 128), (768, 64), (1152, 64), (None, 64), (0, 64)])
+def test_a_narrow_tower_sees_more_at_once(width, frames):
+    config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=16, hidden_size=width))
+    assert vision._frames_at_once(SimpleNamespace(config=config), torch.empty(1, 3, 512, 512)) == frames
+
+
 def test_a_hundred_small_frames_are_one_group(smolvlm, make_processor):
     video = torch.randint(0, 255, (100, 32, 32, 3), dtype=torch.uint8)
     assert tower_batches(smolvlm.vlm, dict(make_processor(smolvlm, num_frames=100)(videos=[video]))) == [100]
