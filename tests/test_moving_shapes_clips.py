@@ -138,6 +138,9 @@ def test_forms_come_in_blocks_and_follow_from_the_number(recipe, processor):
     assert forms[200:] == [make(4, 5, 0.3, 1, queries_per_video=2)[i]["form"] for i in range(200, 400)]
     assert all(len(clips[i]["video"]) == clips[i]["form"].length for i in range(0, 400, 4))
     assert forms[200:] != [make(4, 5, 0.3, 2, queries_per_video=2)[i]["form"] for i in range(200, 400)]
+    asked = recipe["train_hypernetwork"].ASKED
+    twice = [query["task"] for query in make(1, tasks=asked)[0]["queries"]]
+    assert set(twice) == {*asked} and twice.count("how_often") == 2
     several = [make(1, seed=2, composition=0.3)[i]["form"] for i in range(1000)]
     assert 0.25 < sum(form.segments > 1 for form in several) / 1000 < 0.35
     assert {form.segments for form in several} == {*range(1, 9)}
@@ -267,7 +270,7 @@ def test_what_is_said_on_the_command_line_is_done(recipe, vlm, tmp_path, monkeyp
             module.main()
     clips = given[0].train_dataset
     assert (clips.block, clips.plain, clips.composition, clips.seed) == (3, 7, 0.75, 5)
-    assert clips.options == {"queries_per_video": 2, "tasks": module.TRAINED_TASKS}
+    assert clips.options == {"queries_per_video": 2, "tasks": module.ASKED}
     assert given[0].args.composition_probability == 0 and given[1].args.composition_probability == 0.75
 
 

@@ -31,6 +31,7 @@ from video2lora.trainer import Video2LoraTrainingArguments
 
 HELD_OUT_TASKS = ("existence", "size")
 TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
+ASKED = (*TRAINED_TASKS, "how_often", "order")  # what is learnt last is asked about twice
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         queries_per_video=options.queries,
         tasks=options.tasks,
     )
-    validation = MovingShapes("validation", max(1, options.validation), tasks=options.tasks)
+    validation = MovingShapes("validation", max(1, options.validation), tasks=list(dict.fromkeys(options.tasks)))
     trainer = SceneTrainer(
         model,
         made,
@@ -78,8 +79,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long and validate, to go on later")
     parser.add_argument("--batch-size", type=int, default=512, help="clips of one process")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--queries", type=int, help="about each clip; by default one of each task that it has")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TRAINED_TASKS)
+    parser.add_argument("--queries", type=int, help="about each clip; by default one for each of --tasks")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=ASKED, help="may be named twice")
     parser.add_argument(
         "--plain", type=int, default=1000, help="steps at first that show 12 frames of whole clips; not with --kl"
     )
