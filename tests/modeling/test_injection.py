@@ -314,6 +314,34 @@ def test_a_model_without_decoder_layers():
         resolve_targets(torch.nn.Linear(2, 2), ["down_proj"])
 
 
+def test_an_abandoned_block_may_be_collected_while_another_opens(monkeypatch):
+    """Garbage collection comes at any time, in the middle of opening a block too."""
+    base, targets = fresh_base()
+    first, second = random_lora(targets, 2)
+    expected = logits(merged(base, targets, second), text_batch(1))
+
+    def abandoned():
+        with inject_lora(base, targets, first):
+            yield
+
+    block = abandoned()
+    next(block)
+    cycle = [block]
+    cycle.append(cycle)
+    del block, cycle
+    setting = injection._Open._set
+
+    def collecting(self, injections):
+        gc.collect()
+        setting(self, injections)
+
+    monkeypatch.setattr(injection._Open, "_set", collecting)
+    with torch.no_grad(), inject_lora(base, targets, second):
+        assert len(injection._open.injections) == 1
+        torch.testing.assert_close(base(text_batch(1)).logits, expected, atol=2e-5, rtol=0)
+    assert not injection._open.injections and num_hooks(base) == 0
+
+
 # --- memory of adapters ----------------------------------------------------------------------------------------------
 
 

@@ -125,7 +125,7 @@ def is_merged(weight: Tensor) -> bool:
     return id(weight) in _merged
 
 
-_merging = threading.Lock()
+_merging = threading.RLock()  # garbage collection may close an abandoned block inside it
 _merged: set[int] = set()  # the ids of weights that an open block has changed
 
 
@@ -180,6 +180,7 @@ class _Injection:
         self.modules = [module for several in modules.values() for module in several]
         self.deltas: dict[int, _Delta] = {}  # by the module's id: torch.compile can look that up
         self.borrowed: list[_Memory] = []
+        self.closed = False
         try:
             self._lay_out(modules, weights, counts)
         except BaseException:
@@ -333,7 +334,7 @@ class _Open:
         self.injections: tuple[_Injection, ...] = ()
         self.several_threads = False
         self._hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection may close an abandoned block inside it
 
     def add(self, injection: _Injection) -> None:
         with self._lock:
@@ -344,13 +345,16 @@ class _Open:
 
     def remove(self, injection: _Injection) -> None:
         with self._lock:
-            self._set(tuple(other for other in self.injections if other is not injection))
+            injection.closed = True
+            self._set(self.injections)
             for module in injection.modules:
                 if not any(id(module) in other.deltas for other in self.injections) and module in self._hooks:
                     self._hooks.pop(module).remove()
 
     def _set(self, injections: tuple[_Injection, ...]) -> None:
         self.injections = injections
+        while any(injection.closed for injection in self.injections):  # some perhaps since this began
+            self.injections = tuple(injection for injection in self.injections if not injection.closed)
         self.several_threads = len({injection.thread for injection in injections}) > 1
 
 
