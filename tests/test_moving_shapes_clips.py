@@ -206,7 +206,6 @@ def make_trainer(recipe: dict[str, Any], vlm: Path, kind: Any, output: Path, *ar
         sys.argv = given
     model, processor = module.build(options)
     made = module.arguments(options)
-    made.set_evaluate("no")
     made.optim = "sgd"  # Adam's first steps have the size of the rate, whatever the gradient
     return kind(model, made, processing_class=processor, **more)
 

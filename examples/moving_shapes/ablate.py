@@ -281,10 +281,10 @@ def make_trainer(options: argparse.Namespace, budget: Budget) -> tuple[PreparedT
     """The library's trainer over prepared batches."""
     variant, output = VARIANTS[options.name], options.output / "runs" / options.name
     given = ("--steps", str(budget.steps), "--batch-size", "1", "--workers", str(options.workers))
-    recipe = recipe_options(options.vlm, output, (*given, *DEFAULT, *variant.options))
+    prepared = ("--composition", "0")  # the clips are cut
+    recipe = recipe_options(options.vlm, output, (*given, *prepared, *DEFAULT, *variant.options))
     model, processor = train_hypernetwork.build(recipe)
     arguments = train_hypernetwork.arguments(recipe)
-    arguments.set_evaluate("no")
     arguments.disable_tqdm = True
     data = PreparedBatches(
         options.output,
