@@ -34,7 +34,7 @@ def processor(recipe):
 
 
 def rows_of(recipe: Any, form: Any, number: int = 6) -> list[dict[str, Any]]:
-    clips = recipe["clips"].SceneClips("train", 10**6, num_frames=form.length, queries_per_video=4)
+    clips = recipe["clips"].SceneClips("train", 10**6, num_frames=form.seconds, queries_per_video=4)
     return [clips[i] | {"form": form} for i in range(number)]
 
 
@@ -93,26 +93,28 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any], dtype: torch.dtype) ->
 
 FORMS = [
     {},
-    {"length": 48},
-    {"length": 96, "num_frames": 4},
-    {"length": 48, "num_frames": 31},
-    {"length": 96, "segments": 8},
-    {"length": 48, "num_frames": 6, "segments": 5},
-    {"length": 48, "segments": 7},
-    {"length": 24, "longest_edge": 32},
+    {"seconds": 48},
+    {"seconds": 96, "num_frames": 4},
+    {"seconds": 48, "num_frames": 31},
+    {"seconds": 96, "segments": 8},
+    {"seconds": 48, "num_frames": 6, "segments": 5},
+    {"seconds": 48, "segments": 7},
+    {"seconds": 24, "longest_edge": 32},
     {"longest_edge": 64},
-    {"length": 48, "longest_edge": 128},
+    {"seconds": 48, "longest_edge": 128},
     {"num_frames": 2, "longest_edge": 256},
 ]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_batches_are_those_of_the_librarys_collator(recipe, processor, form):
-    form = recipe["clips"].Form(**form)
+    form = recipe["batches"].Form(**form)
     rows = rows_of(recipe, form)[: form.clips(6)]
     for dtype in (torch.bfloat16, torch.float32):
         theirs = ordinary(recipe, processor, form, pixel_dtype=dtype, pack_queries=True)
-        arrays = [row | {"video": SceneClip(row["video"].scene, form.length, form.longest_edge or 64)} for row in rows]
+        arrays = [
+            row | {"video": SceneClip(row["video"].scene, form.seconds, form.longest_edge or 64)} for row in rows
+        ]
         batch = recipe["clips"].SceneCollator(processor)(rows_of(recipe, form))
         compare(batch, theirs(arrays), dtype)
         assert batch["segments_per_adapter"] == [form.segments] * len(rows)
@@ -120,10 +122,10 @@ def test_batches_are_those_of_the_librarys_collator(recipe, processor, form):
 
 
 def test_a_batch_of_much_work_has_fewer_clips(recipe, processor):
-    Form = recipe["clips"].Form
-    assert Form().clips(512) == Form(num_frames=36, length=36).clips(512) == 512
-    assert Form(96, 96).clips(512) == Form(96, 12, 8).clips(512) == 192
-    assert Form(48, 12, 8).pictures == 48  # a segment has no more frames
+    Form = recipe["batches"].Form
+    assert Form().clips(512) == Form(36, 36).clips(512) == 512
+    assert Form(96, 96).clips(512) == Form(12, 96, segments=8).clips(512) == 192
+    assert Form(12, 48, segments=8).pictures == 48  # a segment has no more frames
     assert Form(longest_edge=256).pictures == 12 * 17 and Form(longest_edge=32).pictures == 12
     batch = recipe["clips"].SceneCollator(processor)(rows_of(recipe, Form(96, 96), 6))
     assert batch["num_videos"] == len(batch["segments_per_adapter"]) == 2 == len(batch["kept"])
@@ -134,9 +136,9 @@ def test_forms_come_in_blocks_and_follow_from_the_number(recipe, processor):
     clips = make(4, plain=5, composition=0.3, seed=1, queries_per_video=2)
     forms = [clips[i]["form"] for i in range(400)]
     assert all(len({*forms[i : i + 4]}) == 1 for i in range(0, 400, 4))
-    assert {*forms[:20]} == {recipe["clips"].Form()} and len({*forms[20:]}) > 20
+    assert {*forms[:20]} == {recipe["batches"].Form()} and len({*forms[20:]}) > 20
     assert forms[200:] == [make(4, 5, 0.3, 1, queries_per_video=2)[i]["form"] for i in range(200, 400)]
-    assert all(len(clips[i]["video"]) == clips[i]["form"].length for i in range(0, 400, 4))
+    assert all(len(clips[i]["video"]) == clips[i]["form"].seconds for i in range(0, 400, 4))
     assert forms[200:] != [make(4, 5, 0.3, 2, queries_per_video=2)[i]["form"] for i in range(200, 400)]
     asked = recipe["train_hypernetwork"].ASKED
     twice = [query["task"] for query in make(1, tasks=asked)[0]["queries"]]
@@ -144,8 +146,8 @@ def test_forms_come_in_blocks_and_follow_from_the_number(recipe, processor):
     several = [make(1, seed=2, composition=0.3)[i]["form"] for i in range(1000)]
     assert 0.25 < sum(form.segments > 1 for form in several) / 1000 < 0.35
     assert {form.segments for form in several} == {*range(1, 9)}
-    assert all(form.num_frames <= form.length for form in several)
-    assert all(form.length >= 48 for form in several if form.segments > 1)
+    assert all(form.num_frames <= form.seconds for form in several)
+    assert all(form.seconds >= 48 for form in several if form.segments > 1)
     mixed = [make(1, seed=2, composition=1.0)[i] for i in range(2)]
     with pytest.raises(ValueError, match="2 forms"):
         recipe["clips"].SceneCollator(processor)(mixed)
@@ -165,7 +167,8 @@ def test_every_way_to_cut_a_clip_has_the_ordinary_prompt(recipe, processor):
                 for part in {0, count // 2, count - 1}:
                     start, end = length * part / count, length * (part + 1) / count
                     frames = processor.load_video(pixels, num_frames=num_frames, start=start, end=end)
-                    sampled = clips.sample(clips.Form(length, num_frames, count), start, end)
+                    form = recipe["batches"].Form(num_frames, length, segments=count)
+                    sampled = clips.sample(form, start, end)
                     assert sampled == frames.timestamps
                     if num_frames in (6, 31):
                         ids = prompts(sampled, length)
@@ -176,14 +179,14 @@ def test_rows_that_are_drawn_later_are_the_benchmarks(recipe):
     clips = recipe["clips"].FormedClips(1, seed=3, queries_per_video=4)
     for index in (0, 5, 11):
         row = clips[index]
-        length = row.pop("form").length
+        length = row.pop("form").seconds
         wanted = MovingShapes("train", 10**6, num_frames=length, seed=3, queries_per_video=4)[index]
         assert {**row, "video": None} == {**wanted, "video": None}
         assert (row["video"].__array__() == wanted["video"]).all()
 
 
 def test_a_workers_copy_makes_the_same_batch(recipe, processor):
-    form = recipe["clips"].Form(48, 12, 3)
+    form = recipe["batches"].Form(12, 48, segments=3)
     rows, collator = rows_of(recipe, form), recipe["clips"].SceneCollator(processor)
     copied = pickle.loads(pickle.dumps(collator))(rows)
     assert torch.equal(collator(rows)["video_inputs"]["input_ids"], copied["video_inputs"]["input_ids"])
@@ -213,7 +216,7 @@ def make_trainer(recipe: dict[str, Any], vlm: Path, kind: Any, output: Path, *ar
 def test_a_training_step_is_the_librarys(recipe, vlm, tmp_path):
     """So leaving the mask of the pixels out changes nothing either; sums are made of other rows."""
     small = ("--batch-size", "2", "--workers", "0", "--steps", "2", "--learning-rate", "1")
-    rows = rows_of(recipe, recipe["clips"].Form(24, 12, 3), 4)
+    rows = rows_of(recipe, recipe["batches"].Form(12, 24, segments=3), 4)
     weights: list[dict[str, Any]] = []
     losses = []
     for kind in (recipe["clips"].SceneTrainer, Video2LoraTrainer):
@@ -243,7 +246,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 def test_pictures_are_drawn_for_a_step(recipe, vlm, tmp_path):
-    rows = rows_of(recipe, recipe["clips"].Form(12, 2, longest_edge=128), 2)
+    rows = rows_of(recipe, recipe["batches"].Form(2, longest_edge=128), 2)
     small = ("--batch-size", "2", "--workers", "0", "--steps", "1")
     trainer = make_trainer(recipe, vlm, recipe["clips"].SceneTrainer, tmp_path, *small, train_dataset=_Rows(rows))
     (batch,) = trainer.get_train_dataloader()
@@ -286,15 +289,15 @@ def test_validation_leaves_the_model_in_training_and_counts_every_clip(recipe, v
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", watched)
-    monkeypatch.setattr(recipe["clips"].Form, "clips", lambda self, most: 2)
+    monkeypatch.setattr(recipe["batches"].Form, "clips", lambda self, most: 2)
     model.train()
-    found = module.validate(model, processor, recipe["clips"].Form(12, 2), 5)
+    found = module.validate(model, processor, recipe["batches"].Form(2), 5)
     assert sizes == [2, 2, 1] and not any(modes) and model.hypernetwork.training
     assert found["caption"] in (0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def test_the_online_teacher_and_evaluation_have_the_ordinary_batches(recipe, vlm, tmp_path):
-    rows = rows_of(recipe, recipe["clips"].Form(), 2)
+    rows = rows_of(recipe, recipe["batches"].Form(), 2)
     kind, small = recipe["clips"].SceneTrainer, ("--batch-size", "2", "--workers", "0", "--steps", "2")
     data = {"train_dataset": _Rows(rows[:2]), "eval_dataset": _Rows(rows[:2])}
     taught = make_trainer(recipe, vlm, kind, tmp_path, *small, "--kl", "1", **data)

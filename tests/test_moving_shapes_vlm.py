@@ -69,10 +69,10 @@ def test_its_folder_is_as_transformers_writes_it():
 
 def test_stage_2s_validation_is_greedy_generation(recipe_module, monkeypatch, tmp_path):
     """With a new hypernetwork, whose adapters change nothing: what the VLM guesses from the question alone."""
-    train_hypernetwork, clips = recipe_module("train_hypernetwork"), recipe_module("clips")
+    train_hypernetwork, batches = recipe_module("train_hypernetwork"), recipe_module("batches")
     monkeypatch.setattr(sys, "argv", ["train_hypernetwork.py", str(VLM), "-o", str(tmp_path)])
     model, processor = train_hypernetwork.build(train_hypernetwork.parse())
-    found = train_hypernetwork.validate(model, processor, clips.Form(24, 6, 3), 6)
+    found = train_hypernetwork.validate(model, processor, batches.Form(6, 24, segments=3), 6)
     right: dict[str, list[bool]] = {}
     for row in MovingShapes("validation", 6):
         inputs = processor(text=[query["prompt"] for query in row["queries"]])

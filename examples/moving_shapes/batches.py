@@ -40,17 +40,19 @@ TURN = "<end_of_utterance>\nAssistant:"
 
 @dataclass(frozen=True)
 class Form:
-    """How the clips of one batch are shown.
+    """How the clips of one batch are shown, all alike: then nothing is padded.
 
     Attributes:
-        num_frames: frames.
+        num_frames: frames, of each segment where there are several.
         seconds: length of the clip; a multiple of 12, so that 12 frames see all its 12 slots.
         longest_edge: pixels; None for the video path, else every frame is a picture of this size, cut into tiles.
+        segments: into which a clip is cut (stage 2); 1 where it stays whole.
     """
 
     num_frames: int = FRAMES
     seconds: int = FRAMES
     longest_edge: int | None = None
+    segments: int = 1
 
     @property
     def seconds_shown(self) -> list[int]:
@@ -64,6 +66,15 @@ class Form:
         if self.longest_edge is None or self.longest_edge <= PIXELS:
             return 1
         return (self.longest_edge // PIXELS) ** 2 + 1
+
+    @property
+    def pictures(self) -> int:
+        """Pictures the vision tower sees of a clip; a segment has no more frames than seconds."""
+        return min(self.num_frames, -(-self.seconds // self.segments)) * self.segments * self.tiles
+
+    def clips(self, most: int) -> int:
+        """Of a batch: `most` of the usual form, of others as many as take three times the work of these."""
+        return max(1, min(most, most * 3 * FRAMES // self.pictures))
 
 
 class Prefixes:

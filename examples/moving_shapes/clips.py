@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from batches import FRAMES, Form
 from small_vlm import PIXELS, build_processor, tiles
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -44,33 +45,6 @@ class SceneClips(MovingShapes):
 # --- forms -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Form:
-    """How the clips of a batch are shown, all alike.
-
-    Attributes:
-        length: frames of a clip; a multiple of 12, so that 12 sampled ones see all its slots.
-        num_frames: sampled of the clip, or of each of its segments.
-        segments: into which it is cut; 1 where it stays whole.
-        longest_edge: pixels; None for the video path, else every frame is a picture of this size, cut into tiles.
-    """
-
-    length: int = NUM_SLOTS
-    num_frames: int = NUM_SLOTS
-    segments: int = 1
-    longest_edge: int | None = None
-
-    @property
-    def pictures(self) -> int:
-        """Pictures of 64 pixels that the vision tower sees of a clip."""
-        edge, frames = self.longest_edge or PIXELS, min(self.num_frames, -(-self.length // self.segments))
-        return frames * self.segments * (1 if edge <= PIXELS else (edge // PIXELS) ** 2 + 1)
-
-    def clips(self, most: int) -> int:
-        """Of a batch: `most` of the usual form, of others as many as take three times the work of these."""
-        return max(1, min(most, most * 3 * NUM_SLOTS // self.pictures))
-
-
 def draw_form(draw: random.Random, composition: float) -> Form:
     """Mostly 12 frames of the whole clip; else other numbers of frames, or pictures in tiles.
 
@@ -78,16 +52,16 @@ def draw_form(draw: random.Random, composition: float) -> Form:
         draw: what decides.
         composition: share of batches whose clips are cut into 2 to 8 segments.
     """
-    length = NUM_SLOTS * 2 ** draw.randint(0, 3)
+    seconds = FRAMES * 2 ** draw.randint(0, 3)
     if draw.random() < composition:
-        return Form(max(length, 4 * NUM_SLOTS), draw.choice([6, 12, 12, 12]), draw.randint(2, 8))
+        return Form(draw.choice([6, 12, 12, 12]), max(seconds, 4 * FRAMES), segments=draw.randint(2, 8))
     chance = draw.random()
     if chance < 0.65:
-        return Form(length)
+        return Form(FRAMES, seconds)
     if chance < 0.85:
         frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96, 192])
-        return Form(max(length, NUM_SLOTS * -(-frames // NUM_SLOTS)), frames)
-    return Form(length, longest_edge=draw.choice([PIXELS // 2, PIXELS, 2 * PIXELS, 4 * PIXELS]))
+        return Form(frames, max(seconds, FRAMES * -(-frames // FRAMES)))
+    return Form(FRAMES, seconds, draw.choice([PIXELS // 2, PIXELS, 2 * PIXELS, 4 * PIXELS]))
 
 
 class FormedClips(Dataset):
@@ -109,7 +83,7 @@ class FormedClips(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         form = self.form(index // self.block)
-        return self._clips(form.length)[index] | {"form": form}
+        return self._clips(form.seconds)[index] | {"form": form}
 
     @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the process
     def form(self, block: int) -> Form:
@@ -119,8 +93,8 @@ class FormedClips(Dataset):
         return draw_form(random.Random(f"{self.seed}/form/{block}"), self.composition)
 
     @lru_cache(maxsize=64)  # noqa: B019
-    def _clips(self, length: int) -> SceneClips:
-        return SceneClips("train", ENDLESS, num_frames=length, seed=self.seed, **self.options)
+    def _clips(self, seconds: int) -> SceneClips:
+        return SceneClips("train", ENDLESS, num_frames=seconds, seed=self.seed, **self.options)
 
 
 # --- what frames show ------------------------------------------------------------------------------------------------
@@ -208,7 +182,7 @@ class Stills:
 @lru_cache(maxsize=2**15)
 def sample(form: Form, start: float, end: float) -> tuple[int, ...]:
     """Places of the frames sampled from a span of a clip in memory, which is read at one frame a second."""
-    times, length = np.arange(form.length, dtype=np.float64), float(form.length)
+    times, length = np.arange(form.seconds, dtype=np.float64), float(form.seconds)
     indices, _, _ = select_frames(times, num_frames=form.num_frames, start=start, end=end, duration=length)
     return tuple(indices.tolist())
 
@@ -303,15 +277,15 @@ class SceneCollator(Video2LoraCollator):
         self, row: Mapping[str, Any], queries: Sequence[tuple[int, Mapping[str, str]]], draw: random.Random
     ) -> dict[str, Any]:
         clip, form = row["video"], row["form"]
-        edges = np.linspace(0.0, form.length, form.segments + 1).tolist()
+        edges = np.linspace(0.0, form.seconds, form.segments + 1).tolist()
         indices = [sample(form, *span) for span in zip(edges, edges[1:], strict=False)]
-        ids = [self.prompts(seconds, form.length, form.longest_edge) for seconds in indices]
+        ids = [self.prompts(seconds, form.seconds, form.longest_edge) for seconds in indices]
         return {
             "segments": [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids],
             "turns": [self._turn(query["prompt"], query["response"]) for _, query in queries],
             "query_ids": [(row["id"], number) for number, _ in queries],
             "scene": clip.scene,
-            "times": frame_times(form.length)[np.concatenate(indices)],
+            "times": frame_times(form.seconds)[np.concatenate(indices)],
         }
 
     def _turn(self, prompt: str, response: str) -> tuple[list[int], list[int]]:

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from clips import Form, FormedClips, SceneClips, SceneCollator, SceneTrainer
+from batches import Form
+from clips import FormedClips, SceneClips, SceneCollator, SceneTrainer
 from safetensors.torch import load_file
 from transformers import AutoProcessor, TrainerCallback
 
@@ -166,8 +167,8 @@ def arguments(options: argparse.Namespace) -> Video2LoraTrainingArguments:
 VALIDATED = {
     "12 frames": Form(),
     "96 frames": Form(96, 96),
-    "2 segments": Form(96, 12, 2),
-    "8 segments": Form(96, 12, 8),
+    "2 segments": Form(12, 96, segments=2),
+    "8 segments": Form(12, 96, segments=8),
     "128 pixels": Form(longest_edge=128),
 }
 
@@ -178,7 +179,7 @@ def validate(model: Video2LoraModel, processor: Video2LoraProcessor, form: Form,
 
     Every token of the right answer is the likeliest after those before it: just then greedy generation gives it.
     """
-    rows, collator = SceneClips("validation", clips, num_frames=form.length), SceneCollator(processor)
+    rows, collator = SceneClips("validation", clips, num_frames=form.seconds), SceneCollator(processor)
     device, size = model.device, form.clips(256)
     right: dict[str, list[float]] = {}
     model.eval()
