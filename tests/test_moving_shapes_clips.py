@@ -143,6 +143,13 @@ def test_forms_come_in_blocks_and_follow_from_the_number(recipe, processor):
     asked = recipe["train_hypernetwork"].ASKED
     twice = [query["task"] for query in make(1, tasks=asked)[0]["queries"]]
     assert set(twice) == {*asked} and twice.count("how_often") == 2
+    easy = recipe["train_hypernetwork"].IN_TURN
+    turns = make(2, tasks=asked, in_turn=easy)
+    for index in range(12):
+        tasks = {query["task"] for query in turns[index]["queries"]}
+        assert tasks & {*easy} == {easy[index // 2 % 4]} and {"caption", "how_often"} <= tasks
+    with pytest.raises(ValueError, match="without tasks"):
+        make(2, in_turn=easy)
     several = [make(1, seed=2, composition=0.3)[i]["form"] for i in range(1000)]
     assert 0.25 < sum(form.segments > 1 for form in several) / 1000 < 0.35
     assert {form.segments for form in several} == {*range(1, 9)}
@@ -272,7 +279,8 @@ def test_what_is_said_on_the_command_line_is_done(recipe, vlm, tmp_path, monkeyp
             module.main()
     clips = given[0].train_dataset
     assert (clips.block, clips.plain, clips.composition, clips.seed) == (3, 7, 0.75, 5)
-    assert clips.options == {"queries_per_video": 2, "tasks": module.ASKED}
+    assert (clips.tasks, clips.in_turn, clips.options) == (module.ASKED, module.IN_TURN, {"queries_per_video": 2})
+    assert {*module.ASKED, *module.IN_TURN} == {*module.TRAINED_TASKS}
     assert given[0].args.composition_probability == 0 and given[1].args.composition_probability == 0.75
 
 

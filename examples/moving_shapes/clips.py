@@ -46,7 +46,7 @@ class SceneClips(MovingShapes):
 
 
 def draw_form(draw: random.Random, composition: float) -> Form:
-    """Mostly 12 frames of the whole clip; else other numbers of frames, or pictures in tiles.
+    """12 frames of the whole clip, or other numbers of frames, or pictures in tiles, or segments.
 
     Args:
         draw: what decides.
@@ -56,10 +56,10 @@ def draw_form(draw: random.Random, composition: float) -> Form:
     if draw.random() < composition:
         return Form(draw.choice([6, 12, 12, 12]), max(seconds, 4 * FRAMES), segments=draw.randint(2, 8))
     chance = draw.random()
-    if chance < 0.65:
+    if chance < 0.45:
         return Form(FRAMES, seconds)
-    if chance < 0.85:
-        frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96, 192])
+    if chance < 0.8:
+        frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256])
         return Form(frames, max(seconds, FRAMES * -(-frames // FRAMES)))
     return Form(FRAMES, seconds, draw.choice([PIXELS // 2, PIXELS, 2 * PIXELS, 4 * PIXELS]))
 
@@ -71,19 +71,33 @@ class FormedClips(Dataset):
         block: rows of one form: a batch of all processes together.
         plain: blocks at the start that have the usual form, with which most is learnt soonest.
         composition: see [`draw_form`].
-        options: of [`MovingShapes`].
+        in_turn: tasks of which each block asks one, besides `tasks`.
+        tasks, options: of [`MovingShapes`].
     """
 
-    def __init__(self, block: int, plain: int = 0, composition: float = 0.25, seed: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        block: int,
+        plain: int = 0,
+        composition: float = 0.4,
+        seed: int = 0,
+        *,
+        tasks: Sequence[str] | None = None,
+        in_turn: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        if in_turn and tasks is None:
+            raise ValueError(f"in_turn={in_turn!r} without tasks, which are all then: name those of every block.")
         self.block, self.plain, self.composition, self.seed = block, plain, composition, seed
-        self.options = options
+        self.tasks, self.in_turn, self.options = tasks, tuple(in_turn), options
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        form = self.form(index // self.block)
-        return self._clips(form.seconds)[index] | {"form": form}
+        block = index // self.block
+        form, turn = self.form(block), block % max(1, len(self.in_turn))
+        return self._clips(form.seconds, turn)[index] | {"form": form}
 
     @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the process
     def form(self, block: int) -> Form:
@@ -92,9 +106,10 @@ class FormedClips(Dataset):
             return Form()
         return draw_form(random.Random(f"{self.seed}/form/{block}"), self.composition)
 
-    @lru_cache(maxsize=64)  # noqa: B019
-    def _clips(self, seconds: int) -> SceneClips:
-        return SceneClips("train", ENDLESS, num_frames=seconds, seed=self.seed, **self.options)
+    @lru_cache(maxsize=256)  # noqa: B019
+    def _clips(self, seconds: int, turn: int) -> SceneClips:
+        tasks = self.tasks if self.tasks is None else [*self.tasks, *self.in_turn[turn : turn + 1]]
+        return SceneClips("train", ENDLESS, num_frames=seconds, seed=self.seed, tasks=tasks, **self.options)
 
 
 # --- what frames show ------------------------------------------------------------------------------------------------

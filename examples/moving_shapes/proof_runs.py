@@ -28,7 +28,7 @@ ALPHA = 0.025
 METRICS = ("exact_match", "repetition", "empty", "unended")
 CLIPS = 4000  # of which about 2,100 have an order question, and all others more
 BOTH = ("video", "adapter")
-GROUP, GROUP_PICTURES = 256, 24_576  # clips, and pictures of 64 pixels, that are ready at once: 1.2 GB of them
+GROUP, GROUP_PICTURES = 1000, 98_304  # clips, and pictures of 64 pixels, that are ready at once: 4.8 GB of them
 QUESTIONS = 11  # of a clip, at most
 
 
@@ -73,8 +73,8 @@ class Run:
 
     @property
     def shards(self) -> list[range]:
-        """Clips by number, in parts that processes take one by one: two groups each."""
-        number = -(-self.clips // (2 * self.group))
+        """Clips by number, in parts that processes take one by one: a group each."""
+        number = -(-self.clips // self.group)
         return [range(self.clips * i // number, self.clips * (i + 1) // number) for i in range(number)]
 
     def cost(self, clips: range) -> float:

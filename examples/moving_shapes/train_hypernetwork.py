@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast
 from batches import Form
 from clips import FormedClips, SceneClips, SceneCollator, SceneTrainer
@@ -32,7 +33,8 @@ from video2lora.trainer import Video2LoraTrainingArguments
 
 HELD_OUT_TASKS = ("existence", "size")
 TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
-ASKED = (*TRAINED_TASKS, "how_often", "order")  # what is learnt last is asked about twice
+IN_TURN = ("colour", "shape", "count", "position")  # what is learnt soonest: one of them about each clip
+ASKED = (*(task for task in TRAINED_TASKS if task not in IN_TURN), "how_often", "order")  # the last to be learnt twice
 
 
 def main() -> None:
@@ -47,9 +49,11 @@ def main() -> None:
         composition=options.composition,
         seed=options.seed,
         queries_per_video=options.queries,
-        tasks=options.tasks,
+        tasks=options.tasks or ASKED,
+        in_turn=() if options.tasks else IN_TURN,
     )
-    validation = MovingShapes("validation", max(1, options.validation), tasks=list(dict.fromkeys(options.tasks)))
+    asked = list(dict.fromkeys(options.tasks or TRAINED_TASKS))
+    validation = MovingShapes("validation", max(1, options.validation), tasks=asked)
     trainer = SceneTrainer(
         model,
         made,
@@ -69,6 +73,9 @@ def main() -> None:
         print(as_table(found), flush=True)
         with open(options.output / "validation.jsonl", "a") as file:
             file.write(json.dumps({"step": trainer.state.global_step, "exact_match": found}) + "\n")
+    state = PartialState()
+    state.wait_for_everyone()  # a process that outlives the others hangs when it lets go of them
+    state.destroy_process_group()
 
 
 def parse() -> argparse.Namespace:
@@ -80,12 +87,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long and validate, to go on later")
     parser.add_argument("--batch-size", type=int, default=512, help="clips of one process")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--queries", type=int, help="about each clip; by default one for each of --tasks")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=ASKED, help="may be named twice")
+    parser.add_argument("--queries", type=int, help="about each clip; by default one for each of its tasks")
+    easy, rest = ", ".join(IN_TURN), ", ".join(dict.fromkeys(ASKED))
+    told = f"asked about each clip, a name twice for two questions; by default {rest}, and one of {easy}"
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help=told)
     parser.add_argument(
         "--plain", type=int, default=1000, help="steps at first that show 12 frames of whole clips; not with --kl"
     )
-    parser.add_argument("--composition", type=float, default=0.25, help="share of later steps with clips in segments")
+    parser.add_argument("--composition", type=float, default=0.4, help="share of later steps with clips in segments")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--latents", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=3)

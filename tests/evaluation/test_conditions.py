@@ -224,6 +224,8 @@ def test_expected_lengths_are_those_of_the_task(samples):
     assert lengths == [[1.0, 1.0, 3.0]]
     assert longest_first([item.prompts], lengths) == [(0, 2), (0, 0), (0, 1)]
     assert longest_first([item.prompts]) == [(0, 0), (0, 1), (0, 2)]
+    assert longest_first([item.prompts], lengths, [[7, 8, 9]]) == [(0, 2), (0, 1), (0, 0)]
+    assert longest_first([item.prompts], lengths=[[7, 9, 8]]) == [(0, 1), (0, 2), (0, 0)]
 
 
 @pytest.mark.parametrize("name", CONDITIONS)
@@ -275,9 +277,14 @@ def test_long_contexts_do_not_share_a_batch(samples, monkeypatch):
     )
     prepared = prepare(setup, samples, condition)
     expected = facts(condition.answer(prepared, DECODING))
-    monkeypatch.setattr(condition_module, "CONTEXT_TOKENS_AT_ONCE", 100)
+    assert condition.tokens_at_once > 2**20  # a tiny model's KV cache is tiny
+    monkeypatch.setattr(condition, "tokens_at_once", 100)
     assert facts(condition.answer(prepared, DECODING)) == expected
     assert rows == [3, 3, 1] + [1] * 7
+    monkeypatch.undo()
+    monkeypatch.setattr(condition_module, "MASK_AT_ONCE", 2 * 60**2)
+    lengths = [turn["input_ids"].shape[1] for item in prepared for turn in item.turns.values()]
+    assert facts(condition.answer(prepared, DECODING)) == expected, lengths
 
 
 def test_batches_keep_order_and_limits(monkeypatch):
@@ -291,6 +298,21 @@ def test_batches_keep_order_and_limits(monkeypatch):
         slice(8, 9),
     ]
     assert list(batches_of([], 3)) == []
+    assert list(batches_of([2] * 5, 9, tokens_at_once=4)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    monkeypatch.setattr(condition_module, "MASK_AT_ONCE", 18)
+    assert list(batches_of([3, 3, 3, 2, 2], 9, tokens_at_once=99)) == [slice(0, 3), slice(3, 5)]  # no mask in either
+    assert list(batches_of([3, 2, 3], 9, tokens_at_once=99)) == [slice(0, 2), slice(2, 3)]
+
+
+def test_short_answers_do_not_wait_for_long_ones():
+    expected = [80.0] * 100 + [30.0] * 10 + [16.0] * 60 + [15.0] * 300
+    # 16 is more than half of 30
+    assert list(batches_of([1] * 470, 1000, expected)) == [slice(0, 100), slice(100, 170), slice(170, 470)]
+    limited = [slice(0, 100), slice(100, 170), slice(170, 370), slice(370, 470)]
+    assert list(batches_of([1] * 470, 200, expected)) == limited
+    few = [80.0] * 63 + [10.0] * 400
+    assert list(batches_of([1] * 463, 1000, few)) == [slice(0, 64), slice(64, 463)]
+    assert list(batches_of([1] * 463, 1000)) == [slice(0, 463)]
 
 
 def test_an_answer_ends_with_its_turn(samples):

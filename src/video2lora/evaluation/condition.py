@@ -22,7 +22,15 @@ from .samples import Answer, Sample
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 CONTEXT_TOKENS_AT_ONCE = 65536
-"""Tokens of long contexts that share a batch: each has a KV cache, and padding a mask of its tokens squared."""
+"""Tokens of long contexts that may share a batch; with a small model more, `CACHE_AT_ONCE` bytes of KV cache."""
+
+CACHE_AT_ONCE = 2**31
+
+MASK_AT_ONCE = 2**30
+"""Entries of the mask (tokens squared, for each row) of a batch with padding; one without needs no mask."""
+
+ROWS_FOR_FREE = 64
+"""Rows that take hardly longer to generate for than one: a small model's steps are bound by launches."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,7 @@ class Condition(ABC):
         self.end_token_ids: set[int] = (
             processor.end_token_ids if eos is None else {eos} if isinstance(eos, int) else set(eos)
         )
+        self.tokens_at_once = cached_tokens(self.vlm)
 
     def settings(self) -> dict[str, Any]:
         """What decides the answers besides the run's own settings; JSON can hold it."""
@@ -182,8 +191,8 @@ class Condition(ABC):
         """
         flat = longest_first(prompts, expected)
         replies: dict[tuple[int, int], Reply] = {}
-        for begin in range(0, len(flat), decoding.batch_size):
-            rows = sorted(flat[begin : begin + decoding.batch_size])
+        for part in batches_of([1] * len(flat), decoding.batch_size, lengths_of(flat, expected)):
+            rows = sorted(flat[part])
             inputs = dict(self.processor(text=[prompts[place][number] for place, number in rows]))
             options: dict[str, Any] = {}
             if adapters is not None:
@@ -246,27 +255,69 @@ def expected_lengths(batch: Sequence[PreparedSample]) -> list[list[float]]:
 
 
 def longest_first(
-    prompts: Sequence[Sequence[str]], expected: Sequence[Sequence[float]] | None = None
+    prompts: Sequence[Sequence[str]],
+    expected: Sequence[Sequence[float]] | None = None,
+    lengths: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[int, int]]:
-    """Places of all prompts (sample, number), those with the longest expected answers first, else in order.
+    """Places of all prompts (sample, number), those with the longest expected answers first, then the longest prompts.
 
-    A batch goes on until its last answer ends. Cut in this order, few batches have long answers to wait for.
-    """
-    rows = [(place, number) for place, several in enumerate(prompts) for number in range(len(several))]
-    return rows if expected is None else sorted(rows, key=lambda row: -expected[row[0]][row[1]])
-
-
-def batches_of(lengths: Sequence[int], batch_size: int) -> Iterator[slice]:
-    """Consecutive items in batches of at most `batch_size`, with padding at most `CONTEXT_TOKENS_AT_ONCE` tokens.
+    A batch goes on until its last answer ends. Cut in this order, few batches have long answers to wait for, and of
+    those with long contexts many have no padding.
 
     Args:
-        lengths: tokens of each item; one that is longer than the limit is alone.
-        batch_size: items.
+        prompts: for each sample.
+        expected: for each sample, how long the answers will be; all the same without.
+        lengths: for each sample, tokens of its prompts; those alike stay in order.
     """
-    begin = 0
-    for end in range(1, len(lengths) + 1):
-        longest = max(lengths[begin : end + 1])
-        full = end - begin == batch_size or (end - begin + 1) * longest > CONTEXT_TOKENS_AT_ONCE
-        if end == len(lengths) or full:
+    rows = [(place, number) for place, several in enumerate(prompts) for number in range(len(several))]
+    for values in (lengths, expected):  # sorting keeps the order of what is alike
+        if values is not None:
+            rows.sort(key=lambda row: -values[row[0]][row[1]])
+    return rows
+
+
+def lengths_of(rows: Sequence[tuple[int, int]], expected: Sequence[Sequence[float]] | None) -> list[float] | None:
+    """How long the answer to each of the prompts at `rows` (sample, number) is likely to be."""
+    return None if expected is None else [expected[place][number] for place, number in rows]
+
+
+def batches_of(
+    lengths: Sequence[int],
+    batch_size: int,
+    expected: Sequence[float] | None = None,
+    tokens_at_once: int | None = None,
+) -> Iterator[slice]:
+    """Consecutive items in batches: at most `batch_size`, and no more than memory allows.
+
+    Where answers are likely to take half as long as the batch's first, another batch begins, once there are so many
+    rows that each costs something: a row whose answer has ended is computed until the last one's has.
+
+    Args:
+        lengths: tokens of each item; one that is longer than the limits is alone.
+        batch_size: items.
+        expected: how long each item's answer will be, the longest first.
+        tokens_at_once: with padding; `CONTEXT_TOKENS_AT_ONCE` by default.
+    """
+    limit = CONTEXT_TOKENS_AT_ONCE if tokens_at_once is None else tokens_at_once
+    if not lengths:
+        return
+    begin, shortest, longest = 0, lengths[0], lengths[0]
+    for end, length in enumerate(lengths[1:], start=1):
+        size, low, high = end - begin, min(shortest, length), max(longest, length)
+        full = size == batch_size or (size + 1) * high > limit
+        masked = low < high and (size + 1) * high**2 > MASK_AT_ONCE
+        shorter = expected is not None and 2 * expected[end] <= expected[begin] and size >= ROWS_FOR_FREE
+        if full or masked or shorter:
             yield slice(begin, end)
-            begin = end
+            begin, low, high = end, length, length
+        shortest, longest = low, high
+    yield slice(begin, len(lengths))
+
+
+def cached_tokens(vlm: Any) -> int:
+    """How many tokens of contexts may share a batch, by what the KV cache of one takes."""
+    config = vlm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_a_token = 2 * config.num_hidden_layers * heads * width * vlm.dtype.itemsize
+    return max(CONTEXT_TOKENS_AT_ONCE, CACHE_AT_ONCE // bytes_a_token)

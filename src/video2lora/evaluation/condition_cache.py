@@ -83,8 +83,8 @@ class CacheCondition(VideoInContext):
 
     @torch.no_grad()
     def _continue(self, prefix: Prefix, turns: Sequence[Mapping[str, Tensor]], decoding: Decoding) -> list[Reply]:
-        replies = []
-        for place in batches_of([turn["input_ids"].shape[1] for turn in turns], decoding.batch_size):
+        replies, lengths = [], [turn["input_ids"].shape[1] for turn in turns]
+        for place in batches_of(lengths, decoding.batch_size, tokens_at_once=self.tokens_at_once):
             rows = turns[place]
             start = self.now()
             inputs = self._behind(prefix, rows)

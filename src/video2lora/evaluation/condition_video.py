@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ..modeling import Video2LoraModel, Video2LoraProcessor
 from ..modeling.vision import are_frames, embed_frames
-from .condition import Condition, Decoding, PreparedSample, Reply, batches_of, expected_lengths, longest_first
+from .condition import (
+    Condition,
+    Decoding,
+    PreparedSample,
+    Reply,
+    batches_of,
+    expected_lengths,
+    lengths_of,
+    longest_first,
+)
 from .prepare import encode_turns
 from .samples import Answer, Sample
 
@@ -39,20 +48,23 @@ class VideoInContext(Condition):
         return [made[prompt] if prompt in made else prepared.turns[prompt] for prompt in prompts]
 
     @torch.no_grad()
-    def embed_video(self, prepared: PreparedSample) -> tuple[Tensor | None, float]:
-        """Visual tokens `[visual tokens, hidden_size]` of a video, and seconds.
+    def embed_videos(self, batch: Sequence[PreparedSample]) -> tuple[list[Tensor | None], float]:
+        """Visual tokens `[visual tokens, hidden_size]` of each video, and seconds in all.
 
         None for a base that takes pixels with each prompt, whose grid it needs for positions (Qwen2.5-VL).
         """
-        turn = prepared.internalization
-        if not are_frames(turn.get("pixel_values")):
-            return None, 0.0
-        start = self.now()
-        inputs = self.to_vlm(turn)
-        embedded = embed_frames(self.vlm, inputs)
-        if "inputs_embeds" not in embedded:
-            return None, 0.0
-        features = embedded["inputs_embeds"][inputs["input_ids"] == self.vlm.config.image_token_id]
+        turns = [prepared.internalization for prepared in batch]
+        if not all(are_frames(turn.get("pixel_values")) for turn in turns):
+            return [None] * len(batch), 0.0
+        start, features = self.now(), list[Tensor | None]()
+        alike = len({turn["pixel_values"].shape[2:] for turn in turns}) == 1  # else padding would change pixels
+        for part in batches_of([turn["input_ids"].shape[1] for turn in turns], len(turns) if alike else 1):
+            inputs = self.to_vlm(self.processor.pad(turns[part], pack_frames=True))
+            embedded = embed_frames(self.vlm, inputs)
+            if "inputs_embeds" not in embedded:
+                return [None] * len(batch), 0.0
+            visual = inputs["input_ids"] == self.vlm.config.image_token_id
+            features += embedded["inputs_embeds"][visual].split(visual.sum(1).tolist())
         return features, self.now() - start
 
     def join(self, turns: Sequence[Mapping[str, Tensor]], features: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -81,19 +93,22 @@ class VideoInContext(Condition):
         """Answer each sample's prompts with its video in the context; `expected` as in `reply_to_text`.
 
         Returns:
-            Replies by sample, and the seconds each video's vision tower took (0 where it runs with each prompt).
+            Replies by sample, and each video's share of the vision tower's seconds (0 where it runs with each prompt).
         """
         turns = [self.turns(item, several) for item, several in zip(batch, prompts, strict=True)]
-        flat = longest_first(prompts, expected)
+        lengths = [[turn["input_ids"].shape[1] for turn in several] for several in turns]
+        flat = longest_first(prompts, expected, lengths)
         replies: dict[tuple[int, int], Reply] = {}
         features: dict[int, Tensor | None] = {}
         seconds_of = [0.0] * len(batch)
-        for part in batches_of([turns[place][number]["input_ids"].shape[1] for place, number in flat], batch_size):
+        tokens = [lengths[place][number] for place, number in flat]
+        for part in batches_of(tokens, batch_size, lengths_of(flat, expected), self.tokens_at_once):
             rows, waiting = sorted(flat[part]), {place for place, _ in flat[part.start :]}
-            features = {place: tokens for place, tokens in features.items() if place in waiting}
-            for place in dict.fromkeys(place for place, _ in rows):
-                if place not in features:
-                    features[place], seconds_of[place] = self.embed_video(batch[place])
+            features = {place: found for place, found in features.items() if place in waiting}
+            new = [place for place in dict.fromkeys(place for place, _ in rows) if place not in features]
+            embedded, seconds = self.embed_videos([batch[place] for place in new])
+            features |= dict(zip(new, embedded, strict=True))
+            seconds_of = [seconds / len(new) if place in new else s for place, s in enumerate(seconds_of)]
             start = self.now()
             own = [turns[place][number] for place, number in rows]
             inputs = self.join(own, [features[place] for place, _ in rows])
