@@ -207,6 +207,9 @@ def test_the_demo_answers_from_the_adapter(box: Box, tmp_path: Path, monkeypatch
     if box.accuracy is not None:
         wrong = [entry for entry in document["answers"] if not entry["right"]["adapter"]]
         assert wrong == []
+        (described,) = [e for e in document["answers"] if e["question"] == "describe the video."]
+        shown = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+        assert f"✓ {described['adapter']}" in shown  # what the README shows of the demo
         assert not all(entry["right"]["neither"] for entry in document["answers"])
 
 

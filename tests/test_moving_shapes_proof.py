@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,10 @@ def test_every_run_runs_and_goes_on(recipe, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe.prove, "answer", never)
     prove(recipe, monkeypatch, "run", checkpoint, "-o", tmp_path / "proof", "--processes", 1)
     monkeypatch.setattr(recipe.prove, "RUNS", shorter | {"main": replace(declared["main"], clips=3)})
+    with pytest.raises(SystemExit, match="declares other runs"):
+        prove(recipe, monkeypatch, "run", checkpoint, "-o", tmp_path / "proof")
+    monkeypatch.setattr(recipe.prove, "RUNS", shorter)
+    monkeypatch.setattr(recipe.prove, "GROUP", 7)  # other shards with the same names
     with pytest.raises(SystemExit, match="declares other runs"):
         prove(recipe, monkeypatch, "run", checkpoint, "-o", tmp_path / "proof")
     prove(recipe, monkeypatch, "report", tmp_path / "proof", "-o", tmp_path / "results.md")
@@ -299,8 +304,9 @@ def test_the_prior_is_what_the_best_guess_gets(recipe):
     assert numbers.unname("which appears first, the red star or the blue cross?", "#1") == "the blue cross"
 
 
-def test_shards_of_two_models_are_no_run(recipe, made_up, tmp_path):
-    run = replace(recipe.proof_runs.RUNS["across_2"], clips=600)
+def test_shards_of_two_models_are_no_run(recipe, made_up, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe.proof_runs, "GROUP", 30)
+    run = replace(recipe.proof_runs.RUNS["across_2"], clips=60)
     make_run(recipe, "across_2", run, tmp_path)
     folders = [job.output for job in recipe.prove.Job.all_of("across_2", run, tmp_path)]
     assert len(folders) > 1
@@ -317,6 +323,43 @@ def test_what_is_not_finished_is_said(recipe, made_up, tmp_path):
     recipe.results.write_results(folder, tmp_path / "results.md")
     page = (tmp_path / "results.md").read_text()
     assert "Not run, or not finished: main, combinations" in page and "| 12 frames | not run | - |" in page
+
+
+def test_what_is_half_finished_or_was_cut_otherwise_is_said(recipe, tmp_path, monkeypatch):
+    """Nothing is told of half a run: not where shards are missing, and not where they are half as large."""
+    monkeypatch.setattr(recipe.proof_runs, "GROUP", 2)
+    runs = recipe.prove.declare(tmp_path, 8)
+    for name in ("phrasings", "pixels_32", "frames_24"):
+        make_run(recipe, name, runs[name], tmp_path)
+    (tmp_path / "phrasings" / "clips_00002" / "records.parquet").unlink()  # begun
+    shutil.rmtree(tmp_path / "phrasings" / "clips_00006")
+    unscored = tmp_path / "frames_24" / "clips_00004"
+    records = read_run(unscored).records
+    write_records(unscored, records.drop_columns(["unended"]))
+    recipe.results.write_results(tmp_path, tmp_path / "results.md")
+    page = (tmp_path / "results.md").read_text()
+    assert "phrasings (2 of 4 shards)" in page and "frames_24 (3 of 4 shards)" in page
+    assert "| pixels_32 | test | 12 of 12 | pictures of 32 | 8 |" in page
+    monkeypatch.setattr(recipe.proof_runs, "GROUP", 4)
+    found, missing = recipe.proof_numbers.read_runs(tmp_path, runs, recipe.prove.Job.all_of)
+    assert not found and "pixels_32 (its shards have 4 clips, not 8)" in missing
+    records = tmp_path / "pixels_32" / "clips_00000" / "records.parquet"
+    records.write_bytes(records.read_bytes()[:-9])
+    with pytest.raises(SystemExit, match="clips_00000 and run it again"):
+        recipe.proof_numbers.read_runs(tmp_path, runs, recipe.prove.Job.all_of)
+
+
+def test_facts_are_those_of_the_scenes(recipe, made_up):
+    """The records say what a clip's own caption is, so no scene is drawn for it; in all splits and phrasings."""
+    from video2lora.data.moving_shapes import facts_right
+
+    for name in ("main", "phrasings", "combinations"):
+        rows = [row for row in rows_of(made_up, name) if row["task"] == "caption" and row["condition"] == "adapter"]
+        scores = [facts_right(row["answer"], recipe.proof_numbers.scene_of(row["sample_id"])) for row in rows]
+        _, runs = recipe.prove.read_declared(made_up)
+        found, _ = recipe.proof_numbers.read_runs(made_up, {name: runs[name]}, recipe.prove.Job.all_of)
+        expected = np.array(scores, dtype=float).mean(axis=0)
+        np.testing.assert_allclose(list(found[name].facts("adapter").values()), expected, rtol=1e-12)
 
 
 def test_intervals_of_shares(recipe):

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from proof_runs import ALPHA, MARGIN, Run, queries_of
+from proof_runs import ALPHA, MARGIN, METRICS, Run, queries_of
 
 from video2lora.data.moving_shapes import (
     COLOURS,
@@ -21,19 +21,20 @@ from video2lora.data.moving_shapes import (
     POSITIONS,
     SHAPES,
     answerable,
-    facts_right,
     make_scene,
     sample_times,
 )
 from video2lora.data.moving_shapes import make_queries as queries_about
+from video2lora.data.moving_shapes.facts import caption_right
 from video2lora.data.moving_shapes.language import PLURALS
 from video2lora.evaluation.records import EvaluationError, read_run
 from video2lora.evaluation.statistics import PairedComparison, compare, holm
 
-RESAMPLES, FEWER = 10_000, 2_000  # of the bootstrap: for claims by task, and for sweeps with their many cells
+RESAMPLES = 10_000  # of every bootstrap
 GUESSER_SCENES = 6_000
 NOT_RUN = "-"
 SAME = ("model", "base", "conditions", "decoding", "sampling", "metrics", "margins", "alpha", "seed")
+COLUMNS = ("condition", "question_id", "sample_id", "task", "prompt", "references", "answer", "extra", *METRICS)
 VERDICTS = {"equivalent": "p_equivalence", "non-inferior": "p_non_inferiority", "superior": "p_superiority"}
 _NAME = re.compile(rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})\b")
 _MASKS = (
@@ -43,8 +44,7 @@ _MASKS = (
 )
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """A question of a run."""
 
     id: str
@@ -88,7 +88,7 @@ class Numbers:
     """
 
     def __init__(self, name: str, run: Run, folders: Sequence[Path]) -> None:
-        shards = [read_run(folder) for folder in folders]
+        shards = [read_run(folder, COLUMNS) for folder in folders]
         self.name, self.run, self.settings = name, run, shards[0].settings
         self.dates = sorted(shard.settings["environment"]["date"] for shard in shards)
         for shard in shards[1:]:
@@ -123,28 +123,29 @@ class Numbers:
     @lru_cache(maxsize=256)  # noqa: B019 - lives as long as the report
     def scores(self, condition: str, metric: str = "exact_match") -> np.ndarray:
         """One for each question, in order; not a number where there is none."""
-        return np.array([np.nan if s is None else s for s in self.column(metric, condition)], dtype=float)
+        return self._tables[condition][metric].to_numpy().astype(float)
 
     @lru_cache(maxsize=64)  # noqa: B019
     def of_task(self, task: str | None) -> np.ndarray:
         """Which questions are of a task; all for None."""
-        return np.array([task in (None, asked.task) for asked in self.asked])
+        return self._tasks == task if task is not None else np.ones(len(self.asked), dtype=bool)
 
     def mean(self, condition: str, task: str | None = None, metric: str = "exact_match", kept: Any = True) -> float:
         """Mean score; not a number of nothing."""
         return mean(self.scores(condition, metric)[self.of_task(task) & kept])
 
     @cached_property
+    def _tasks(self) -> np.ndarray:
+        return np.array([asked.task for asked in self.asked])
+
+    @cached_property
     def samples(self) -> np.ndarray:
-        return np.array([asked.sample for asked in self.asked])
+        """The clip of each question, as a number."""
+        numbers = {sample: number for number, sample in enumerate(dict.fromkeys(asked.sample for asked in self.asked))}
+        return np.array([numbers[asked.sample] for asked in self.asked])
 
     def against(
-        self,
-        candidate: np.ndarray,
-        baseline: np.ndarray,
-        kept: np.ndarray,
-        margin: float = MARGIN,
-        resamples: int = RESAMPLES,
+        self, candidate: np.ndarray, baseline: np.ndarray, kept: np.ndarray, margin: float = MARGIN
     ) -> PairedComparison:
         """Paired comparison over some of the questions; whole clips are resampled."""
         return compare(
@@ -153,7 +154,7 @@ class Numbers:
             margin=margin,
             alpha=ALPHA,
             clusters=self.samples[kept].tolist(),
-            num_resamples=resamples,
+            num_resamples=RESAMPLES,
         )
 
     @lru_cache(maxsize=16)  # noqa: B019
@@ -196,29 +197,39 @@ class Numbers:
         return np.array([np.nan if answer is None else float(answer == asked.references[0])
                          for answer, asked in zip(theirs, self.asked, strict=True)])  # fmt: skip
 
+    @lru_cache(maxsize=16)  # noqa: B019
     def facts(self, condition: str) -> dict[str, float]:
-        """Of captions: recall and precision of facts, their F1, and the share of captions right to the letter."""
+        """Of captions: recall and precision of facts, and the share of captions right to the letter."""
         said = zip(self.asked, self.column("answer", condition), strict=True)
+        # the right answer to a question for a caption is the scene's own: no scene has to be drawn again
         scores = [
-            facts_right(answer or "", scene_of(asked.sample)) for asked, answer in said if asked.task == "caption"
+            caption_right(answer or "", asked.references[0]) for asked, answer in said if asked.task == "caption"
         ]
         recall, precision, exact = (mean(np.array([float(s[i]) for s in scores])) for i in range(3))
         return {"recall": recall, "precision": precision, "exact": exact}
 
 
 def read_runs(folder: Path, runs: Mapping[str, Run], jobs: Callable[..., Any]) -> tuple[dict[str, Numbers], list[str]]:
-    """The runs that are finished, and which are not, with how much of them is done."""
+    """The runs that are finished, and which are not, with how much of them is done.
+
+    Shards of a run that was cut otherwise may have the names of these: so clips are counted.
+    """
     found, missing = {}, []
     for name, run in runs.items():
         shards = jobs(name, run, folder)
         done = [job for job in shards if job.finished]
         if len(done) == len(shards):
-            found[name] = Numbers(name, run, [job.output for job in shards])
+            numbers = Numbers(name, run, [job.output for job in shards])
+            if numbers.num_clips == run.clips:
+                found[name] = numbers
+            else:
+                missing.append(f"{name} (its shards have {numbers.num_clips:,} clips, not {run.clips:,})")
         else:
             missing.append(f"{name} ({len(done)} of {len(shards)} shards)" if done else name)
     return found, missing
 
 
+@lru_cache(maxsize=8192)
 def scene_of(sample: str) -> Any:
     """The scene of a sample's id."""
     *_, split, seed, number = sample.split("-")

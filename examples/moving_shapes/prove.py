@@ -29,6 +29,8 @@ import torch
 from proof_runs import (
     ALPHA,
     ENOUGH,
+    GROUP,
+    GROUP_PICTURES,
     KEPT,
     LEARNT,
     LOSS,
@@ -42,6 +44,7 @@ from proof_runs import (
     make_condition,
     processor_of,
 )
+from pyarrow import ArrowException
 from pyarrow.parquet import read_schema
 
 from video2lora import Video2LoraModel
@@ -72,7 +75,10 @@ class Job:
     def finished(self) -> bool:
         """Whether its answers are there and scored; a kill may have come between the two."""
         file = self.output / RECORDS
-        return file.exists() and set(METRICS) <= set(read_schema(file).names)
+        try:
+            return file.exists() and set(METRICS) <= set(read_schema(file).names)
+        except ArrowException as error:
+            raise SystemExit(f"{file} is damaged ({error}): remove {self.output} and run it again.") from None
 
 
 def main() -> None:
@@ -100,8 +106,11 @@ def main() -> None:
 
 
 def default_processes() -> int:
-    """Three for four cores where there is a GPU: each draws and encodes its own clips. One on a CPU alone."""
-    return max(1, 3 * (os.cpu_count() or 1) // 4) if torch.cuda.is_available() else 1
+    """One for two cores where there is a GPU: each draws and encodes its own clips. One on a CPU alone.
+
+    They take turns on a GPU, which is why each asks so many questions at once: more processes launch no more.
+    """
+    return max(1, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 1
 
 
 def declare(folder: Path, clips: int | None) -> dict[str, Run]:
@@ -111,7 +120,8 @@ def declare(folder: Path, clips: int | None) -> dict[str, Run]:
         SystemExit: something else was declared in this folder.
     """
     runs = RUNS if clips is None else {name: replace(run, clips=min(clips, run.clips)) for name, run in RUNS.items()}
-    limits = {"margin": MARGIN, "loss": LOSS, "kept": KEPT, "learnt": LEARNT, "enough": ENOUGH, "alpha": ALPHA}
+    cut = {"group": GROUP, "group_pictures": GROUP_PICTURES}  # shards of another size have the same names
+    limits = cut | {"margin": MARGIN, "loss": LOSS, "kept": KEPT, "learnt": LEARNT, "enough": ENOUGH, "alpha": ALPHA}
     declared: dict[str, Any] = json.loads(json.dumps(limits | {"runs": {n: asdict(run) for n, run in runs.items()}}))
     file = folder / DECLARED
     if file.exists():

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from proof_numbers import FEWER, NOT_RUN, Claim, Numbers, mean
+from proof_numbers import NOT_RUN, Claim, Numbers, mean
 from proof_runs import COMPOSED, ENOUGH, KEPT, LOSS, MARGIN, backwards
 from results_main import DAGGER, degeneration_table
 from results_text import difference, pretty, score, table, task_name
@@ -25,7 +25,7 @@ def losses(run: Numbers, base: Numbers, condition: str) -> dict[str, PairedCompa
     for task in run.tasks:
         kept = run.of_task(task) & run.decided & ~np.isnan(theirs)
         if kept.any():
-            found[task] = run.against(mine, theirs, kept, LOSS, FEWER)
+            found[task] = run.against(mine, theirs, kept, LOSS)
     return found
 
 

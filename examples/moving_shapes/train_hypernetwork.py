@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--start-from", type=Path, help="a folder of a model, whose hypernetwork to begin with")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long and validate, to go on later")
-    parser.add_argument("--batch-size", type=int, default=512, help="clips of one process")
+    parser.add_argument("--batch-size", type=int, default=256, help="clips of one process")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--queries", type=int, help="about each clip; by default one for each of its tasks")
     easy, rest = ", ".join(IN_TURN), ", ".join(dict.fromkeys(ASKED))

@@ -52,6 +52,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_some_columns_are_read_alone(folder: Path) -> None:
+    whole = read_run(folder)
+    run = read_run(folder, ["token_f1", "task", "condition", "references"])
+    assert run.records.column_names == ["condition", "task", "references", "token_f1"]
+    assert run.records.equals(whole.records.select(run.records.column_names))
+    assert run.metrics == ["token_f1"]
+    assert run.scores("token_f1", "video", "t") == whole.scores("token_f1", "video", "t") == [0.5, None, None]
+    assert read_run(folder, ["condition", "bleu"]).metrics == []
+
+
 def test_what_is_written_is_read_again(folder: Path) -> None:
     run = read_run(folder)
     assert run.records.column_names == [*RECORD_FIELDS, "token_f1"] and run.settings == SETTINGS

@@ -1,7 +1,8 @@
 """Evaluation: the bootstrap under the statistics: units that are resampled as a whole, BCa intervals, their inverse.
 
-`scipy.stats.bootstrap` draws and corrects; what is added here is memory bounded by batches, and p values from the very
-interval that decides.
+`scipy.stats.bootstrap` draws and corrects; what is added here is memory bounded by batches, p values from the very
+interval that decides, and a short cut where many units are alike, as those of right and wrong answers are: how often
+each kind of unit comes in a resample is multinomial, and drawing that is the same bootstrap at a fraction of the work.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +21,15 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 BATCH_ELEMENTS = 2**20  # numbers resampled at once: bounds memory to tens of MB whatever the number of samples
+ALIKE = 8  # units of a kind, on average, from which on kinds are drawn instead of units
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Units that have the same sums and size: the first one of each kind, and how many there are: each [num_kinds]."""
+
+    first: NDArray[np.int64]
+    counts: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,14 @@ class Units:
     @property
     def count(self) -> int:
         return len(self.sizes)
+
+    @cached_property
+    def kinds(self) -> Kinds | None:
+        """The units by kind, in the order in which these first come; None where few are alike."""
+        rows = np.stack([self.candidate, self.baseline, self.sizes], axis=1)
+        _, first, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
+        order = np.argsort(first)  # not by value, so that exchanging the two sides, or another scale, changes no draw
+        return Kinds(first[order], counts[order]) if ALIKE * len(first) <= self.count else None
 
     def mean(self, sums: Array) -> float:
         return float(sums.sum() / self.sizes.sum()) if self.count else math.nan
@@ -116,9 +135,36 @@ class Bootstrap:
         low, high = result.confidence_interval
         return (float(low), float(high)), result.bootstrap_distribution
 
+    def by_kind(self, kinds: Kinds, numerator: Array, denominator: Array) -> tuple[tuple[float, float], Array]:
+        """The same of the ratio of two sums over units, drawn by kind; in batches, which change no draw."""
+        rng, number = np.random.default_rng(self.seed), int(kinds.counts.sum())
+        columns = np.stack([numerator[kinds.first], denominator[kinds.first]], axis=1)
+        batch, sums = max(1, BATCH_ELEMENTS // len(columns)), []
+        for start in range(0, self.num_resamples, batch):
+            drawn = rng.multinomial(number, kinds.counts / number, min(batch, self.num_resamples - start))
+            sums.append(drawn.astype(np.float64) @ columns)
+        tops, bottoms = np.concatenate(sums).T
+        values = tops / bottoms
+        z0, a = correction(values, float(ratio(numerator, denominator)), numerator, denominator)
+        z = library("scipy.special").ndtri((1 - self.level) / 2)
+        shifted = z0 + np.array([z, -z])
+        with np.errstate(invalid="ignore"):  # of an infinite bias: the caller looks for NaN
+            ends = library("scipy.special").ndtr(z0 + shifted / (1 - a * shifted))
+        low, high = (math.nan, math.nan) if np.isnan(ends).any() else np.quantile(values, ends)
+        return (float(low), float(high)), values
+
     def percentiles(self, values: Array) -> tuple[float, float]:
         low, high = np.quantile(values, [(1 - self.level) / 2, (1 + self.level) / 2])
         return float(low), float(high)
+
+
+def correction(values: Array, observed: float, numerator: Array, denominator: Array) -> tuple[float, float]:
+    """What BCa corrects the distribution of a ratio of sums by: bias z0, and acceleration a from the jackknife."""
+    below = (np.count_nonzero(values < observed) + np.count_nonzero(values <= observed)) / (2 * len(values))
+    left_out = (numerator.sum() - numerator) / (denominator.sum() - denominator)
+    influence = left_out.mean() - left_out
+    a = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    return float(library("scipy.special").ndtri(below)), float(a)
 
 
 def ratio(numerator: Array, denominator: Array, axis: int = -1) -> Array:

@@ -98,8 +98,7 @@ class EvaluationRun:
 
     def num_questions(self, task: str | None = None) -> int:
         """Questions of a task, or all, unanswerable ones included."""
-        pairs = zip(self.records["condition"].to_pylist(), self.records["task"].to_pylist(), strict=True)
-        return sum(condition == self.conditions[0] and task in (None, kind) for condition, kind in pairs)
+        return self._select(self.conditions[0], task).num_rows
 
     @property
     def errors(self) -> dict[str, str]:
@@ -124,26 +123,33 @@ class EvaluationRun:
         for what, name, known in (("metric", metric, self.metrics), ("condition", condition, self.conditions)):
             if name not in known:
                 raise EvaluationError(f"{self.path} has no {what} {name!r}: it has {', '.join(known) or 'none'}.")
-        columns = [self.records[name].to_pylist() for name in ("condition", "task", metric)]
-        rows = zip(*columns, strict=True)
-        return [score for name, kind, score in rows if name == condition and task in (None, kind)]
+        return self._select(condition, task)[metric].to_pylist()
 
     def paired_scores(
         self, metric: str, candidate: str, baseline: str, task: str | None = None
     ) -> tuple[list[float], list[float], list[str]]:
         """Scores of two conditions on the questions that both have one for, and each question's video id."""
         first, second = (self.scores(metric, name, task) for name in (candidate, baseline))
-        columns = (self.records[name].to_pylist() for name in ("condition", "task", "video_id"))
-        videos = [video for name, kind, video in zip(*columns, strict=True)
-                   if name == baseline and task in (None, kind)]  # fmt: skip
+        videos = self._select(baseline, task)["video_id"].to_pylist()
         pairs = [
             (a, b, video) for a, b, video in zip(first, second, videos, strict=True) if a is not None and b is not None
         ]
         return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [video for _, _, video in pairs]
 
+    def _select(self, condition: str, task: str | None) -> pa.Table:
+        """Rows of a condition, about questions of a task or all."""
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-def read_run(path: str | os.PathLike[str]) -> EvaluationRun:
+        chosen = pc.equal(self.records["condition"], condition)  # a mask, not an expression: it keeps the order
+        return self.records.filter(chosen if task is None else pc.and_(chosen, pc.equal(self.records["task"], task)))
+
+
+def read_run(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> EvaluationRun:
     """Read the folder of a finished run.
+
+    Args:
+        path: the folder.
+        columns: of the records, where only some are needed; those that are not there are left out.
 
     Raises:
         EvaluationError: it is no such folder, of another format version, not finished, or damaged.
@@ -157,7 +163,7 @@ def read_run(path: str | os.PathLike[str]) -> EvaluationRun:
             f"the evaluation in {folder} is not finished. Start it again with the same settings: it goes on where it "
             "was stopped."
         )
-    return EvaluationRun(folder, settings, _read_records(folder / RECORDS))
+    return EvaluationRun(folder, settings, _read_records(folder / RECORDS, columns))
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -225,19 +231,21 @@ def write_records(folder: Path, records: pa.Table) -> None:
     write_atomically(folder / RECORDS, buffer.getvalue())
 
 
-def _read_records(file: Path) -> pa.Table:
+def _read_records(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # from memory: a file that is replaced while a table of it is in use does no harm
-        records = pq.read_table(pa.BufferReader(file.read_bytes()))
+        stored = pq.ParquetFile(pa.BufferReader(file.read_bytes()))
+        records = stored.read([name for name in stored.schema_arrow.names if columns is None or name in columns])
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(
             f"{file} is damaged or cut short ({error}). Remove it and start the evaluation again with the same "
             f"settings: the answers are taken from {ANSWERS}/, nothing is answered again."
         ) from error
-    expected, found = _schema(), records.schema
+    expected = [field for field in _schema() if columns is None or field.name in columns]
+    found = records.schema
     for field in expected:
         if field.name not in found.names or found.field(field.name).type != field.type:
             there = found.field(field.name).type if field.name in found.names else "missing"

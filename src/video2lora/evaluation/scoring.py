@@ -148,26 +148,26 @@ def _scores(records: Any, metric: str, judge: Judge | None) -> list[float | None
     from .judge import JudgeError
     from .metrics import METRICS, score
 
-    rows = records.to_pylist()
+    columns = {name: records[name].to_pylist() for name in ("answer", "references", "question", "prompt", "error")}
     needs = METRICS[metric].needs
     places = [
         place
-        for place, row in enumerate(rows)
-        if row["error"] is None and ("references" not in needs or any(text.strip() for text in row["references"]))
+        for place, (error, right) in enumerate(zip(columns["error"], columns["references"], strict=True))
+        if error is None and ("references" not in needs or any(text.strip() for text in right))
     ]
-    chosen = [rows[place] for place in places]
+    said, references, questions, prompts, _ = ([values[place] for place in places] for values in columns.values())
     try:
         found = score(
             metric,
-            [row["answer"] for row in chosen],
-            [row["references"] for row in chosen],
-            questions=[row["prompt"] if row["question"] is None else row["question"] for row in chosen],
-            answers=[_answer(row) for row in chosen],
+            said,
+            references,
+            questions=[prompt if asked is None else asked for asked, prompt in zip(questions, prompts, strict=True)],
+            answers=_answers(records.take(places)) if "answers" in needs else None,
             judge=judge,
         )
     except JudgeError as error:
         found = [None if judgment is None else judgment.score for judgment in error.judgments]
-        found = found or [None] * len(chosen)
+        found = found or [None] * len(places)
         logger.warning(
             "%s: %d of %d answers have no score: %s",
             metric,
@@ -175,7 +175,7 @@ def _scores(records: Any, metric: str, judge: Judge | None) -> list[float | None
             len(found),
             error,
         )
-    scores: list[float | None] = [None] * len(rows)
+    scores: list[float | None] = [None] * len(records)
     for place, value in zip(places, found, strict=True):
         scores[place] = value
     return scores
@@ -190,6 +190,7 @@ def _judge_settings(metric: str, judge: Judge | None) -> dict[str, Any] | None:
     return json.loads(json.dumps(judge.settings()))
 
 
-def _answer(row: dict[str, Any]) -> Answer:
+def _answers(records: Any) -> list[Answer]:
     names = [name for name in Answer.__dataclass_fields__ if name != "text"]
-    return Answer(text=row["answer"], **{name: row[name] for name in names})
+    columns = (records[name].to_pylist() for name in ("answer", *names))
+    return [Answer(text, **dict(zip(names, rest, strict=True))) for text, *rest in zip(*columns, strict=True)]

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .bootstrap import Array, Bootstrap, Draws, Units, constant, library, ratio
+from .bootstrap import Array, Bootstrap, Draws, Units, constant, correction, library, ratio
 
 __all__ = [
     "HolmResult",
@@ -136,7 +136,8 @@ def compare(
 
     With `clusters`, whole clusters are resampled: the effect of a resample is its sum of differences over its number
     of pairs. Questions about one video are not independent, and resampling them singly gives intervals that are too
-    short. The same input and seed give the same numbers.
+    short. The same input and seed give the same numbers. Where units come in few kinds, such as those of right and
+    wrong answers, it is drawn how often each kind comes (`bootstrap.Kinds`), not which unit: the same distribution.
 
     No interval, no verdict and p = 1 where fewer than two units are left. Where all differences are equal the interval
     has no width, and the verdicts are what that number gives: a model compared with itself is equivalent.
@@ -337,7 +338,10 @@ def _effect_draws(units: Units, effect: float, bootstrap: Bootstrap, notes: list
         return Draws((effect, effect), np.full(bootstrap.num_resamples, effect))
     if units.count < FEW_UNITS:
         notes.append(f"independent units: {units.count}; bootstrap intervals of fewer than {FEW_UNITS} are too short")
-    if np.all(units.sizes == units.sizes[0]):  # the same number, at half the work
+    if units.kinds is not None:
+        interval, values = bootstrap.by_kind(units.kinds, sums, units.sizes)
+        observed = ratio(sums, units.sizes)
+    elif np.all(units.sizes == units.sizes[0]):  # the same number, at half the work
         interval, values = bootstrap(np.mean, sums / units.sizes[0])
         observed = np.mean(sums / units.sizes[0])
     else:
@@ -346,11 +350,7 @@ def _effect_draws(units: Units, effect: float, bootstrap: Bootstrap, notes: list
     if math.isnan(interval[0] + interval[1]):
         notes.append("the BCa interval is undefined here: a percentile interval instead")
         return Draws(bootstrap.percentiles(values), np.sort(values))
-    below = (np.count_nonzero(values < observed) + np.count_nonzero(values <= observed)) / (2 * len(values))
-    left_out = (sums.sum() - sums) / (units.sizes.sum() - units.sizes)  # jackknife
-    influence = left_out.mean() - left_out
-    a = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
-    return Draws(interval, np.sort(values), float(library("scipy.special").ndtri(below)), float(a))
+    return Draws(interval, np.sort(values), *correction(values, float(observed), sums, units.sizes))
 
 
 def _retention(units: Units, bootstrap: Bootstrap, notes: list[str]) -> tuple[float, tuple[float, float]]:
@@ -365,7 +365,10 @@ def _retention(units: Units, bootstrap: Bootstrap, notes: list[str]) -> tuple[fl
         return retention, unknown
     if constant(units.candidate - retention * units.baseline, units.candidate, units.baseline):
         return retention, (retention, retention)
-    interval, values = bootstrap(ratio, units.candidate, units.baseline)
+    if units.kinds is not None:
+        interval, values = bootstrap.by_kind(units.kinds, units.candidate, units.baseline)
+    else:
+        interval, values = bootstrap(ratio, units.candidate, units.baseline)
     return retention, bootstrap.percentiles(values) if math.isnan(interval[0] + interval[1]) else interval
 
 

@@ -59,7 +59,13 @@ def caption_facts(text: str) -> frozenset[Fact]:
 
 def facts_right(prediction: str, scene: Scene) -> CaptionScore:
     """Compare a caption with what is true of a scene."""
-    truth = caption(scene)
+    return caption_right(prediction, caption(scene))
+
+
+def caption_right(prediction: str, truth: str) -> CaptionScore:
+    """Compare a caption with the scene's own."""
+    if prediction.strip() == truth:
+        return CaptionScore(1.0, 1.0, True)
     true, said = caption_facts(truth), caption_facts(prediction)
     right = len(true & said)
-    return CaptionScore(right / len(true), right / len(said) if said else 0.0, prediction.strip() == truth)
+    return CaptionScore(right / len(true), right / len(said) if said else 0.0, False)
