@@ -59,7 +59,7 @@ def draw_form(draw: random.Random, composition: float) -> Form:
     if chance < 0.45:
         return Form(FRAMES, seconds)
     if chance < 0.8:
-        frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256])
+        frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 768])
         return Form(frames, max(seconds, FRAMES * -(-frames // FRAMES)))
     return Form(FRAMES, seconds, draw.choice([PIXELS // 2, PIXELS, 2 * PIXELS, 4 * PIXELS]))
 
