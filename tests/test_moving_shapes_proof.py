@@ -285,7 +285,8 @@ def test_frames_that_decide_nothing_are_apart(recipe, made_up, page):
 
 
 def test_claims_fail_where_they_do_and_say_it(recipe, made_up, page):
-    assert "| 12 frames: adapter non-inferior to video in context at 0.02 on every task | **FAIL** |" in page
+    told = "| 12 frames: adapter non-inferior to video in context at 0.02 on every task it was"
+    assert f"{told} trained on | **FAIL** |" in page and f"{told} never trained on | " in page
     fails = page[page.index("## What fails") : page.index("## 12 frames")]
     assert "  - position: " in fails and "  - shape: -" not in fails
     assert "a red star at top left" in fails  # a wrong answer

@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
         prepared.add_argument(f"--{field.name}", type=int, default=field.default)
     prepared.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
     run.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    run.add_argument("--parallel", type=int, default=6, help="runs at once on each GPU")
+    run.add_argument("--parallel", type=int, default=3, help="runs at once on each GPU, which take turns on it")
     one.add_argument("name", choices=VARIANTS)
     one.add_argument("--until", type=float, default=float("inf"), help="stop then, in seconds of the epoch")
     one.add_argument("--starter", type=int, default=os.getppid(), help="process without which it stops")

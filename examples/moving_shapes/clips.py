@@ -33,6 +33,7 @@ from video2lora.video import VideoFrames
 from video2lora.video.sampling import select_frames
 
 ENDLESS = 10**8  # clips: more than any run draws
+FRAME_NUMBERS = (4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 768)  # of clips that are not shown in 12
 
 
 class SceneClips(MovingShapes):
@@ -59,7 +60,7 @@ def draw_form(draw: random.Random, composition: float) -> Form:
     if chance < 0.45:
         return Form(FRAMES, seconds)
     if chance < 0.8:
-        frames = draw.choice([4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 768])
+        frames = draw.choice(FRAME_NUMBERS)
         return Form(frames, max(seconds, FRAMES * -(-frames // FRAMES)))
     return Form(FRAMES, seconds, draw.choice([PIXELS // 2, PIXELS, 2 * PIXELS, 4 * PIXELS]))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clips import FRAME_NUMBERS
 from proof_numbers import NOT_RUN, Claim, Numbers, read_runs
 from proof_plots import draw_bars, draw_composition, draw_sweep
 from proof_runs import SEGMENTS
@@ -14,7 +15,7 @@ from results_main import (
     caption_claims,
     captions_only_section,
     control_claims,
-    inferiority_claim,
+    inferiority_claims,
     learnt_claim,
     main_section,
     wrong_answers,
@@ -31,7 +32,7 @@ from results_sweeps import (
 from results_text import table
 
 Section = tuple[list[Claim], list[str]]
-TRAINED_FRAMES = (4, 48)  # numbers of frames that the hypernetwork's training draws from
+TRAINED_FRAMES = (min(FRAME_NUMBERS), max(FRAME_NUMBERS))
 
 
 def write_results(folder: Path, output: Path, captions_only: Path | None = None) -> None:
@@ -92,7 +93,7 @@ def _main(runs: dict[str, Numbers], output: Path) -> Section:
     draw_bars(run, plot)
     claims = [
         learnt_claim(run, "Video in context"),
-        inferiority_claim(run, "12 frames"),
+        *inferiority_claims(run, "12 frames"),
         *control_claims(run),
         *caption_claims(run),
     ]
@@ -108,7 +109,7 @@ def _unseen(runs: dict[str, Numbers], output: Path) -> Section:
         if name not in runs:
             claims.append(Claim(title, None, NOT_RUN))
             continue
-        claims += [learnt_claim(runs[name], title), inferiority_claim(runs[name], title)]
+        claims += [learnt_claim(runs[name], title), *inferiority_claims(runs[name], title)]
         parts += against_section(runs[name], title)
     return claims, parts
 
