@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from video2lora.evaluation import condition as condition_module
-from video2lora.evaluation.condition import batches_of, expected_lengths, longest_first
+from video2lora.evaluation.condition import batches_of, cached_tokens, expected_lengths, longest_first
 from video2lora.evaluation.condition_video import CAPTION_TEMPLATE
 from video2lora.evaluation.conditions import CONDITIONS, Decoding
 from video2lora.evaluation.samples import Sample
@@ -302,6 +303,20 @@ def test_batches_keep_order_and_limits(monkeypatch):
     monkeypatch.setattr(condition_module, "MASK_AT_ONCE", 18)
     assert list(batches_of([3, 3, 3, 2, 2], 9, tokens_at_once=99)) == [slice(0, 3), slice(3, 5)]  # no mask in either
     assert list(batches_of([3, 2, 3], 9, tokens_at_once=99)) == [slice(0, 2), slice(2, 3)]
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype, tokens",
+    [
+        ({"num_hidden_layers": 32, "num_key_value_heads": 5, "head_dim": 64}, torch.bfloat16, 65536),  # 500M: 2.7 GB
+        ({"num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 32}, torch.bfloat16, 2**31 // 3072),
+        ({"num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 32}, torch.float32, 2**31 // 6144),
+        ({"num_hidden_layers": 6, "num_attention_heads": 8, "hidden_size": 256}, torch.float32, 2**31 // 12288),
+    ],
+)
+def test_small_models_have_more_contexts_in_a_batch(sizes, dtype, tokens):
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**sizes))
+    assert cached_tokens(SimpleNamespace(config=config, dtype=dtype)) == tokens
 
 
 def test_short_answers_do_not_wait_for_long_ones():
