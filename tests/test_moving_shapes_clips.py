@@ -261,6 +261,30 @@ def test_pictures_are_drawn_for_a_step(recipe, vlm, tmp_path):
     trainer.train()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_compute_the_same(recipe, processor, dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    plain, fused = (recipe["small_vlm"].build_vlm(processor.tokenizer).to(dtype).eval() for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    held = {name: id(parameter) for name, parameter in fused.named_parameters()}
+    recipe["small_vlm"].fuse_norms(fused)
+    assert {name: id(parameter) for name, parameter in fused.named_parameters()} == held
+    kinds = [type(module) for module in fused.modules()]
+    assert LlamaRMSNorm not in kinds and kinds.count(recipe["small_vlm"].FusedNorm) == 13
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused.get_decoder().norm(torch.ones(1, 256, dtype=dtype)).dtype == dtype
+    ids, found = torch.randint(0, 600, (2, 40)), []
+    for model in (plain, fused):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded).logits.float()
+        (gradient,) = torch.autograd.grad(logits.logsumexp(-1).sum(), embedded)
+        found.append((logits.detach(), gradient.float()))
+    for one, other in zip(*found, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03
+        assert (one - other).abs().max() <= tolerance * one.abs().max()
+
+
 def test_what_is_said_on_the_command_line_is_done(recipe, vlm, tmp_path, monkeypatch):
     module, given = recipe["train_hypernetwork"], []
 

@@ -24,6 +24,7 @@ from accelerate.utils import broadcast
 from batches import Form
 from clips import FormedClips, SceneClips, SceneCollator, SceneTrainer
 from safetensors.torch import load_file
+from small_vlm import fuse_norms
 from transformers import AutoProcessor, TrainerCallback
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
@@ -133,6 +134,7 @@ def build(options: argparse.Namespace) -> tuple[Video2LoraModel, Video2LoraProce
         # a sum of adapters knows no order: a segment has to say itself when it was
         prompt_timestamps="file",
     )
+    fuse_norms(model.vlm)
     if options.start_from:
         tensors, prefix = load_file(options.start_from / "model.safetensors"), "hypernetwork."
         weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
