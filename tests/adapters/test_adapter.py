@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from video2lora.adapters import (
     extract_text_model,
 )
 from video2lora.modeling.lora import stack_lora
-from video2lora.modeling.targets import resolve_targets
+from video2lora.modeling.targets import base_fingerprint, resolve_targets
 from video2lora.testing import tiny_idefics3, tiny_qwen2_5_vl, tiny_smolvlm
 
 LAYERS = range(4)
@@ -185,6 +186,27 @@ def test_a_wrong_base_is_refused_and_left_as_it_was(adapter, other, reason):
     assert [name for name, _ in base.named_parameters()] == names
 
 
+def test_a_base_without_a_name_is_known_by_its_weights(vlm, random_weights, tmp_path):
+    unnamed, targets = copy.deepcopy(vlm), resolve_targets(vlm, ["down_proj"])
+    unnamed.config._name_or_path = unnamed.name_or_path = ""
+    made = VideoAdapter.from_weights(random_weights(targets, 0), vlm=unnamed)
+    named = VideoAdapter.from_weights(random_weights(targets, 0), vlm=vlm)
+    assert made.provenance.base_sha256 is not None and named.provenance.base_sha256 is None
+    made.save_pretrained(tmp_path / "adapter")
+    loaded = VideoAdapter.from_pretrained(tmp_path / "adapter")
+    assert loaded.provenance.base_sha256 == made.provenance.base_sha256
+    half, meta = copy.deepcopy(vlm).to(torch.float16), copy.deepcopy(vlm).to("meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for base in (copy.deepcopy(vlm), copy.deepcopy(unnamed).to(torch.bfloat16), half):  # half rounds otherwise
+            loaded.attach(base)
+        assert base_fingerprint(meta, targets) is None
+    other = copy.deepcopy(unnamed)
+    other.get_submodule(targets.all_paths()[-1]).weight.data[0, 0] += 1
+    with pytest.warns(UserWarning, match="whose weights are others"):
+        loaded.attach(other)
+
+
 def test_another_base_of_the_same_sizes_warns(vlm, adapter):
     other = copy.deepcopy(vlm)
     other.config._name_or_path = "somebody/else"
@@ -215,6 +237,11 @@ def test_a_text_tower_that_is_no_causal_lm_is_refused(qwen):
 
 
 # --- composition
+
+
+def of_hypernetwork(adapter: VideoAdapter, letter: str) -> VideoAdapter:
+    """The adapter, of a hypernetwork whose weights have the hash of this letter."""
+    return replace(adapter, provenance=replace(adapter.provenance, hypernetwork_sha256=letter * 64))
 
 
 def test_composition_is_the_sum_with_the_static_part_once(make_adapter):
@@ -271,6 +298,63 @@ def test_adapters_that_do_not_belong_together_are_refused(vlm, qwen, make_adapte
     for adapters, weights, reason in cases:
         with pytest.raises(CompositionError, match=reason):
             compose_adapters(adapters, weights=weights)
+
+
+@pytest.fixture
+def in_dtype(make_adapter, tmp_path):
+    """Makes adapters of hypernetwork "a", read back from a file of a dtype."""
+
+    def make(seed: int, dtype: torch.dtype, letter: str = "a") -> VideoAdapter:
+        adapter = of_hypernetwork(make_adapter(seed), letter)
+        return VideoAdapter.from_pretrained(
+            adapter.save_pretrained(tmp_path / f"{seed}-{dtype}-{letter}", dtype=dtype)
+        )
+
+    return make
+
+
+def static_part(adapter: VideoAdapter) -> list[torch.Tensor]:
+    weights = adapter.weights
+    return [t[:, :, -3:] for tensors in (weights.lora_A, weights.lora_B) for t in tensors.values()]
+
+
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float16], [torch.bfloat16, torch.float16]])
+def test_of_one_hypernetwork_the_most_precise_static_part_is_taken(make_adapter, in_dtype, dtypes):
+    exact = of_hypernetwork(make_adapter(1), "a")
+    rounded = [in_dtype(seed, dtype) for seed, dtype in enumerate(dtypes, 2)]
+    for adapters in ([exact, *rounded], [*rounded, exact]):
+        composed = compose_adapters(adapters)
+        assert all(map(torch.equal, static_part(composed), static_part(exact)))
+        for number, adapter in enumerate(adapters):  # what was generated stays as it was
+            own = composed.weights.lora_B["down_proj"][:, :, 3 * number : 3 * (number + 1)]
+            assert torch.equal(own, adapter.weights.lora_B["down_proj"][:, :, :3])
+
+
+def test_of_files_of_one_dtype_their_static_part_is_taken(in_dtype):
+    rounded = [in_dtype(seed, torch.bfloat16, letter) for seed, letter in ((1, "a"), (2, "a"), (3, "b"))]
+    assert all(map(torch.equal, static_part(compose_adapters(rounded)), static_part(rounded[0])))
+
+
+def test_the_refusal_of_static_parts_says_what_the_hashes_tell(make_adapter, in_dtype):
+    unknown, exact = make_adapter(1), of_hypernetwork(make_adapter(1), "a")
+    rounded, other = in_dtype(2, torch.bfloat16), make_adapter(3, static_seed=99)
+    different = "from different hypernetworks .*sha256 aaaaaaaaaaaa and sha256 bbbbbbbbbbbb"
+    cases = [
+        ([unknown, rounded], "or were saved in different dtypes, and at least one does not say"),
+        ([exact, in_dtype(2, torch.bfloat16, "b")], different),
+        ([exact, of_hypernetwork(other, "b")], different),
+        ([exact, of_hypernetwork(other, "a")], "both come from one hypernetwork .*aaa.*neither part is a rounding"),
+        ([in_dtype(2, torch.float16), rounded], "neither part is a rounding .* Compose float32 adapters"),
+    ]
+    for adapters, reason in cases:
+        with pytest.raises(CompositionError, match=f"adapters 0 and 1 have different static parts.*{reason}"):
+            compose_adapters(adapters)
+
+
+def test_names_are_no_adapters(make_adapter):
+    for names in (["clip-lora"], "clip-lora", Path("clip-lora"), [make_adapter(1), "clip-lora"]):
+        with pytest.raises(TypeError, match="expected adapters, got a name, 'clip-lora': load it with VideoAdapter"):
+            compose_adapters(names)
 
 
 def test_truncated_adapters_without_a_static_part_compose(make_adapter):

@@ -243,7 +243,15 @@ def test_a_light_checkpoint_needs_a_named_base(tmp_path):
         built.save_pretrained(tmp_path / "light")
     assert not (tmp_path / "light").exists()
     built.save_pretrained(tmp_path / "bundled", bundle_base=True)
-    assert_unchanged(Video2LoraModel.from_pretrained(tmp_path / "bundled"), snapshot(built))
+    loaded = Video2LoraModel.from_pretrained(tmp_path / "bundled")
+    assert_unchanged(loaded, snapshot(built))
+    loaded.save_pretrained(tmp_path / "again")  # with its base, which is nowhere else
+    assert_unchanged(Video2LoraModel.from_pretrained(tmp_path / "again"), snapshot(built))
+    own = {name: tensor for name, tensor in loaded.state_dict().items() if name.startswith("hypernetwork.")}
+    loaded.save_pretrained(tmp_path / "sharded", state_dict=own)  # as a trainer has it that shards no base
+    assert_unchanged(Video2LoraModel.from_pretrained(tmp_path / "sharded"), snapshot(built))
+    with pytest.raises(ValueError, match="bundle_base=True"):
+        loaded.save_pretrained(tmp_path / "light", bundle_base=False)
 
 
 @KINDS

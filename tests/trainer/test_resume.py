@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.testing import save_tiny_vlm
 from video2lora.trainer.checkpoints import MARKER, is_complete, last_complete_checkpoint, mark_complete
 
@@ -180,3 +181,33 @@ def checkpoint(settings, tmp_path_factory) -> Path:
     train(settings, output=str(folder), max_steps=1)
     shutil.rmtree(folder / "checkpoint-1/vlm_processor")  # not needed to go on
     return folder / "checkpoint-1"
+
+
+def test_a_checkpoint_that_holds_its_base_is_trained_further_and_resumed(settings, tmp_path):
+    """As the trained example is: its base has no name, and is nowhere but in the checkpoint."""
+    model = make_model(settings["base"])
+    processor = Video2LoraProcessor.from_config(model.config)
+    model.config.base_model_name_or_path = model.config.base_model_revision = None
+    model.save_pretrained(tmp_path / "bundle", bundle_base=True)
+    processor.save_pretrained(tmp_path / "bundle")
+    arguments = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "per_device_train_batch_size": 2}
+    found = []
+    for name, resume in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-1"))):
+        loaded = Video2LoraModel.from_pretrained(tmp_path / "bundle")
+        trainer = make_trainer(settings["base"], tmp_path / name, settings["rows"], loaded, **arguments)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(weights(trainer.model))
+    assert_same(*found)
+    again = Video2LoraModel.from_pretrained(tmp_path / "resumed" / "checkpoint-3")
+    assert again.config.bundle_base
+    assert_same(weights(again), found[0])
+    assert_same(again.vlm.state_dict(), model.vlm.state_dict())
+
+
+def test_a_base_without_a_name_is_refused_before_the_first_step(settings, tmp_path):
+    model = make_model(settings["base"])
+    trainer = make_trainer(settings["base"], tmp_path, settings["rows"], model, save_strategy="steps", max_steps=2)
+    model.config.base_model_name_or_path = None
+    with pytest.raises(ValueError, match="no name or path"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.glob("checkpoint-*"))

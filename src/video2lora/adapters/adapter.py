@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..hub_cards.adapter_card import adapter_card
 from ..modeling.injection import merge_lora
 from ..modeling.lora import LoraWeights
-from ..modeling.targets import LoraTargets, resolve_targets
+from ..modeling.targets import LoraTargets, base_fingerprint, resolve_targets
 from . import rank_space, storage
 from .directories import check_target, new_directory
 from .errors import AdapterError, AdapterKeyError
@@ -83,6 +83,8 @@ class VideoAdapter:
         provenance = replace(provenance, segments=segments)
         if provenance.base_model is None:
             provenance = replace(provenance, base_model=_name_of(vlm))
+        if provenance.base_model is None:
+            provenance = replace(provenance, base_sha256=base_fingerprint(vlm, targets))
         base = BaseDescription.of(vlm, targets)
         storage.check_finite(to_state_dict(weights, targets, base, "vlm"))
         return cls(weights, targets, base, provenance)
@@ -252,6 +254,13 @@ class VideoAdapter:
         made_for = f"{self.provenance.base_model or 'an unnamed base'} ({self.base.model_class})"
         given = f"{name or 'an unnamed base'} ({type(vlm).__name__})"
         check_base(vlm, self.targets, self.base, made_for, given)
+        known = self.provenance.base_sha256
+        if known is not None and base_fingerprint(vlm, self.targets) not in (known, None):
+            warnings.warn(
+                f"this adapter was made for {made_for}, whose weights are others than those of {given}; its answers "
+                "may be wrong. The base is inside the checkpoint that made the adapter.",
+                stacklevel=3,
+            )
         if not same_repository(self.provenance.base_model, name) or type(vlm).__name__ != self.base.model_class:
             warnings.warn(
                 f"this adapter was made for {made_for}, not for {given}; its answers may be wrong.", stacklevel=3
@@ -335,7 +344,7 @@ class VideoAdapter:
         chosen = [i for i, segment in enumerate(self.segments) if _overlaps(segment, start, end, source)]
         if not chosen:
             known = ", ".join(_described(segment) for segment in self.segments)
-            raise AdapterError(f"no segment lies in {start}..{end} s of {source or 'the video'}; there are: {known}.")
+            raise AdapterError(f"no segment {_asked_for(start, end, source)}; there are: {known}.")
         ranks = [rank for i in chosen for rank in range(*spans[i])]
         segments, first = [], 0
         for i in chosen:
@@ -434,6 +443,18 @@ def _overlaps(segment: Segment, start: float | None, end: float | None, source: 
     # a segment of no length (one frame) lies where it starts
     late = start is not None and segment.end is not None and segment.end <= start and segment.start != start
     return not early and not late
+
+
+def _asked_for(start: float | None, end: float | None, source: str | None) -> str:
+    """What `select` looked for, as the end of "no segment ..."."""
+    video = source or "the video"
+    if start is None and end is None:
+        return f"is of {video}"
+    if start is None:
+        return f"of {video} begins before {end:g} s"
+    if end is None:
+        return f"of {video} goes on after {start:g} s"
+    return f"lies in {start:g}..{end:g} s of {video}"
 
 
 def _described(segment: Segment) -> str:

@@ -90,6 +90,7 @@ class AdapterProvenance:
         segments: the stretches of video in it, in the order of their ranks.
         base_model: Hub id or directory of the base; `VideoAdapter.from_weights` reads it off the VLM if it is `None`.
         base_revision: commit hash of the base.
+        base_sha256: hash of two of the base's weights (`base_fingerprint`), where it has no name.
         hypernetwork: Hub id or directory of the hypernetwork.
         hypernetwork_revision: commit hash of the hypernetwork.
         hypernetwork_sha256: hash of its weights, where it has no commit.
@@ -100,6 +101,7 @@ class AdapterProvenance:
     segments: tuple[Segment, ...] = ()
     base_model: str | None = None
     base_revision: str | None = None
+    base_sha256: str | None = None
     hypernetwork: str | None = None
     hypernetwork_revision: str | None = None
     hypernetwork_sha256: str | None = None

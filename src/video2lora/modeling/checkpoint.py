@@ -251,13 +251,27 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
             hashed = known[part] = HashedTensors(tensors)
         return hashed.digest
 
+    @property
+    def bundles_base(self) -> bool:
+        """Whether a checkpoint of this model holds its base by default: it came with it, and is nowhere else."""
+        config: Video2LoraConfig = self.config
+        return config.bundle_base and not config.base_model_name_or_path
+
+    def check_base_is_named(self) -> None:
+        """Raise ValueError if a checkpoint without the base could not be loaded again."""
+        if not self.config.base_model_name_or_path:
+            raise ValueError(
+                "the base of this model has no name or path, so a light checkpoint could not be loaded again: save "
+                "the base and set config.base_model_name_or_path, or save with bundle_base=True."
+            )
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        bundle_base: bool = False,
+        bundle_base: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Write `config.json` and `model.safetensors`: the hypernetwork, and a pinned reference to its base.
@@ -269,21 +283,22 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
             is_main_process: write only there.
             state_dict: the tensors to save if not this model's own (the Trainer and FSDP pass one).
             push_to_hub: also push the directory; `repo_id=`, `token=`, ... in `kwargs`.
-            bundle_base: write the base's weights too, so that the checkpoint needs nothing else.
+            bundle_base: write the base's weights too, so that the checkpoint needs nothing else. By default only where
+                the model comes from such a checkpoint and its base is nowhere else (`bundles_base`).
             kwargs: what transformers' `save_pretrained` takes.
 
         Raises:
             ValueError: a light checkpoint of a model without a named base: nobody could load it.
         """
         model = self
-        if not bundle_base and not model.config.base_model_name_or_path:
-            raise ValueError(
-                "the base of this model has no name or path, so a light checkpoint could not be loaded again: save "
-                "the base and set config.base_model_name_or_path, or save with bundle_base=True."
-            )
+        bundle_base = model.bundles_base if bundle_base is None else bundle_base
+        if not bundle_base:
+            model.check_base_is_named()
         state_dict = dict(model.state_dict() if state_dict is None else state_dict)
         if not bundle_base:
             state_dict = {k: v for k, v in state_dict.items() if k.startswith(HYPERNETWORK)}
+        elif all(name.startswith(HYPERNETWORK) for name in state_dict):  # of a trainer that shards it alone
+            state_dict |= {name: tensor for name, tensor in model.state_dict().items() if name not in state_dict}
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"{target} is a file; expected a directory to save the model in.")
@@ -304,7 +319,7 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
         self,
         repo_id: str,
         *,
-        bundle_base: bool = False,
+        bundle_base: bool | None = None,
         commit_message: str | None = None,
         private: bool | None = None,
         token: bool | str | None = None,
@@ -316,13 +331,14 @@ class Video2LoraPreTrainedModel(PreTrainedModel):
 
         Args:
             repo_id: `user/name`; made if it does not exist.
-            bundle_base: upload the base's weights too; by default the hypernetwork and a pinned reference.
+            bundle_base: upload the base's weights too; by default as [`save_pretrained`].
             private, token, revision, create_pr, commit_message: as everywhere on the Hub.
             kwargs: what [`save_pretrained`] takes.
         """
         from video2lora.hub_cards import model_card
 
         base = self.config.base_model_name_or_path
+        bundle_base = self.bundles_base if bundle_base is None else bundle_base
         if not bundle_base and base is not None and os.path.isdir(base):
             warnings.warn(
                 f"the base of this checkpoint is a directory of this machine ({base}), which nobody else can load: "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,6 +35,20 @@ class LoraTargets:
     def all_paths(self) -> tuple[str, ...]:
         """Every adapted module's path, sorted."""
         return tuple(sorted(path for paths in self.paths.values() for path in paths))
+
+
+def base_fingerprint(vlm: nn.Module, targets: LoraTargets) -> str | None:
+    """SHA-256 of a base's first and last adapted weight, in bfloat16: the same whatever dtype it is loaded in.
+
+    None where the weights are not there as they were trained: quantised, in float16, or on the meta device.
+    """
+    digest = hashlib.sha256()
+    for path in (targets.all_paths()[0], targets.all_paths()[-1]):
+        weight: Any = vlm.get_submodule(path).weight
+        if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            return None
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def decoder_layers(vlm: nn.Module) -> nn.ModuleList:

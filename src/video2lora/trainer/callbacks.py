@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -204,9 +205,11 @@ class ModelCardCallback(TrainerCallback):
             return
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         name = trainer.hub_model_id or trainer.args.hub_model_id or model_name or path.absolute().parent.name
+        config = copy(model.config)
+        config.bundle_base = model.bundles_base  # as its checkpoints are saved; a model may come from another kind
         card = model_card(
             name,
-            model.config,
+            config,
             facts=collect_facts(trainer, self),
             language=language,
             license=license,

@@ -57,7 +57,8 @@ class Video2LoraTrainer(Trainer):
             too), or what it returned; or a `torch.utils.data.Dataset` with a length whose items are rows of that form
             (`id`, `video`, `queries`, and `start`, `end` of a span), for videos that are drawn or read by own code:
             `video` may be frames in memory, and items are asked for in the data loader's workers.
-        processing_class: the model's processor; that of its base with the model's settings by default.
+        processing_class: the model's processor; by default that of its base with the model's settings, or the one
+            beside the model where that holds its base.
         kwargs: what transformers' Trainer takes.
     """
 
@@ -75,7 +76,7 @@ class Video2LoraTrainer(Trainer):
         processing_class: Video2LoraProcessor | None = None,
         **kwargs: Any,
     ) -> None:
-        self.processor = processing_class or Video2LoraProcessor.from_config(model.config)
+        self.processor = processing_class or _processor_of(model)
         options: dict[str, Any] = {"seed": args.seed, "online_teacher": args.teacher == "online"}
         options["pixel_dtype"] = model.vlm.dtype
         if args.pack_queries:
@@ -281,8 +282,12 @@ class Video2LoraTrainer(Trainer):
         """As the parent's; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
 
         Raises:
-            ValueError: there is none, or it was cut short, or it is of a model of another rank, targets or base.
+            ValueError: there is none, or it was cut short, or it is of a model of another rank, targets or base; or no
+                checkpoint could be saved, since the base has no name.
         """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if self.args.save_strategy != "no" and not model.bundles_base:
+            model.check_base_is_named()  # before the work, not at its first checkpoint
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -411,6 +416,13 @@ class Video2LoraTrainer(Trainer):
         if self.state.best_model_checkpoint is None:
             return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _processor_of(model: Video2LoraModel) -> Video2LoraProcessor:
+    """The processor of a model that came without."""
+    if model.bundles_base and model.name_or_path:
+        return Video2LoraProcessor.from_pretrained(model.name_or_path, revision=model.checkpoint_commit)
+    return Video2LoraProcessor.from_config(model.config)
 
 
 class _Passes(TrainerCallback):
