@@ -195,6 +195,10 @@ def test_a_base_without_a_name_is_known_by_its_weights(vlm, random_weights, tmp_
     made.save_pretrained(tmp_path / "adapter")
     loaded = VideoAdapter.from_pretrained(tmp_path / "adapter")
     assert loaded.provenance.base_sha256 == made.provenance.base_sha256
+    named.save_pretrained(tmp_path / "named")
+    told = {name: (tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("adapter", "named")}
+    take_it_out = 'from_pretrained(CHECKPOINT).vlm.save_pretrained("path/to/base")'
+    assert take_it_out in told["adapter"] and "CHECKPOINT" not in told["named"]
     half, meta = copy.deepcopy(vlm).to(torch.float16), copy.deepcopy(vlm).to("meta")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -203,8 +207,13 @@ def test_a_base_without_a_name_is_known_by_its_weights(vlm, random_weights, tmp_
         assert base_fingerprint(meta, targets) is None
     other = copy.deepcopy(unnamed)
     other.get_submodule(targets.all_paths()[-1]).weight.data[0, 0] += 1
+    of_other = VideoAdapter.from_weights(random_weights(targets, 1), vlm=other)
     with pytest.warns(UserWarning, match="whose weights are others"):
         loaded.attach(other)
+    with pytest.raises(CompositionError, match="bases with other weights"):
+        compose_adapters([made, of_other])
+    both = compose_adapters([made, loaded])
+    assert both.provenance.base_sha256 == made.provenance.base_sha256
 
 
 def test_another_base_of_the_same_sizes_warns(vlm, adapter):

@@ -57,8 +57,12 @@ def test_what_cannot_be_picked(whole):
         whole.select(30, 40)
     with pytest.raises(AdapterError, match="end=5 s is not after start=5 s"):
         whole.select(5, 5)
-    with pytest.raises(AdapterError, match="no segment lies in .* of other.mp4"):
+    with pytest.raises(AdapterError, match=r"no segment is of other.mp4; there are: clip-0.mp4 0\.\.10 s"):
         whole.select(source="other.mp4")
+    with pytest.raises(AdapterError, match="no segment of the video goes on after 30 s; there are"):
+        whole.select(30)
+    with pytest.raises(AdapterError, match="no segment of clip-2.mp4 begins before 20 s; there are"):
+        whole.select(end=20, source="clip-2.mp4")
     with pytest.raises(AdapterError, match="truncated as a whole.*keep_segments=True"):
         whole.truncate(8)[0].select(0, 10)
     unknown = tuple(replace(segment, start=None) for segment in whole.segments)

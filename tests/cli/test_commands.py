@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -210,3 +211,59 @@ def test_import_checkpoint_never_deletes_what_is_not_a_checkpoint(run: Run, tmp_
     result = run("import-checkpoint", file, "-o", out, "--base", base, "--overwrite")
     assert result.exit_code == 2 and "would delete" in result.stderr
     assert (out / "models.txt").read_text() == "mine" and (out / "model.safetensors").exists()
+
+
+def test_a_base_inside_the_checkpoint_is_named_and_found(
+    run: Run, bundled_dir: Path, adapter_dir: Path, clip: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    made = run("internalize", clip, "-m", bundled_dir, "-o", out)
+    assert made.exit_code == 0, made.stderr
+    (hint,) = made.stderr.splitlines()
+    words = shlex.split(hint.partition("ask the adapter: ")[2])
+    assert words[:3] == ["video2lora", "ask", str(out)] and words[-2:] == ["--base", str(bundled_dir)]
+    assert "in the checkpoint that made it" in run("inspect", out).stdout
+    told = run("ask", out, QUESTION)
+    assert told.exit_code == 2 and "'box'" in told.stderr and "--base CHECKPOINT" in told.stderr
+    asked = run(*words[1:3], QUESTION, *words[-2:], "--max-new-tokens", 8)
+    assert (asked.exit_code, asked.stderr) == (0, "")
+    assert asked.stdout == run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout
+    as_json = run("internalize", clip, "-m", bundled_dir, "-o", tmp_path / "json", "--json")
+    assert as_json.stderr == "" and json.loads(as_json.stdout)["adapters"][0]["num_decode_errors"] == 0
+
+
+def test_ask_follows_a_light_checkpoint_to_its_base(
+    run: Run, model_dir: Path, base_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ["ask", adapter_dir, QUESTION, "--max-new-tokens", 8, "--json"]
+    plain, followed = (json.loads(run(*arguments, "--base", base).stdout) for base in (base_dir, model_dir))
+    assert followed["base"] == str(base_dir) and followed["answers"][0]["answer"] == plain["answers"][0]["answer"]
+    lost = shutil.copytree(model_dir, tmp_path / "lost")
+    values = json.loads((lost / "config.json").read_text())
+    (lost / "config.json").write_text(json.dumps(values | {"base_model_name_or_path": None}))
+    result = run(*arguments, "--base", lost)
+    assert result.exit_code == 2 and "neither holds its base model nor names it" in result.stderr
+
+
+def test_inspect_counts_only_the_models_own_files(run: Run, model_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    expected = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+    shutil.copytree(model_dir, model / "checkpoint-10")
+    (model / "learning_curve.png").write_bytes(bytes(999))
+    assert json.loads(run("inspect", model, "--json").stdout)["bytes"] == expected
+
+
+def test_a_damaged_video_is_used_and_told(
+    run: Run, model_dir: Path, damaged: Path, clip: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapter"
+    made = run("internalize", damaged, "-m", model_dir, "-o", out, "--num-frames", 50, "--json")
+    count = VideoAdapter.from_pretrained(out).segments[0].num_decode_errors
+    assert count > 0
+    assert made.stderr == f"warning: damaged.mp4: {count} packets or frames do not decode; the rest was used\n"
+    assert json.loads(made.stdout)["adapters"][0]["num_decode_errors"] == count
+    assert "not decoded" in run("inspect", out).stdout
+    assert f"({count} packets or frames do not decode)" in (out / "README.md").read_text()
+    run("internalize", clip, "-m", model_dir, "-o", tmp_path / "sound")
+    assert "not decoded" not in run("inspect", tmp_path / "sound").stdout
+    assert "do not decode" not in (tmp_path / "sound" / "README.md").read_text()

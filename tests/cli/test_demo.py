@@ -68,6 +68,27 @@ def test_it_takes_a_video_and_a_model_and_says_what_is_noise(run: Run, clip: Pat
     assert "the answers are noise" in noise and "✗" not in noise
 
 
+def test_the_model_in_the_box_is_asked_in_words_that_it_knows(
+    run: Run, clip: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from video2lora.data.moving_shapes.phrasings import TEMPLATES
+
+    known = [
+        template.format(things="objects") for task in ("caption", "count") for template in TEMPLATES[task]["train"]
+    ]
+    assert set(demo.SHAPES_QUESTIONS) <= set(known)
+    monkeypatch.setattr(demo, "_trained_example", lambda: str(model_dir))
+    result = run("demo", clip, "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{demo.ONLY_SHAPES}\n") and "This model knows only moving shapes" in result.stdout
+    assert all(f"\n{question}\n" in result.stdout for question in demo.SHAPES_QUESTIONS)
+    assert demo.QUESTIONS[0] not in result.stdout
+    asked = run("demo", clip, "--max-new-tokens", 2, "--question", QUESTION)
+    assert QUESTION in asked.stdout and demo.SHAPES_QUESTIONS[0] not in asked.stdout
+    own = run("demo", clip, "-m", model_dir, "--max-new-tokens", 2)
+    assert demo.QUESTIONS[0] in own.stdout and demo.ONLY_SHAPES not in own.stdout
+
+
 def test_a_given_models_answers_about_the_clip_of_shapes_are_marked(run: Run, model_dir: Path) -> None:
     result = run("demo", "-m", model_dir, "--max-new-tokens", 2)
     assert result.exit_code == 0, result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from video2lora import VideoAdapter
 from video2lora.testing import save_tiny_vlm
 
 from ..video.clips import write_sound
@@ -59,6 +61,14 @@ class Bench:
         change(tensors)
         save_file(tensors, weights, metadata={"format": "pt"})
         return directory
+
+    def nameless_adapter(self, known: bool = True) -> Path:
+        """An adapter that does not name its base, or even what made it."""
+        adapter = VideoAdapter.from_pretrained(self.adapter)
+        changed = {"base_model": None} | ({"hypernetwork": "box"} if known else {"hypernetwork": None})
+        changed |= {} if known else {"hypernetwork_sha256": None}
+        adapter = replace(adapter, provenance=replace(adapter.provenance, **changed))
+        return adapter.save_pretrained(self.path / "nameless")
 
     def other_base(self, **sizes: int) -> Path:
         return save_tiny_vlm("smolvlm", self.path / "other-base", **sizes)
@@ -124,6 +134,16 @@ CASES: dict[str, tuple[Callable[[Bench], list[object]], list[str]]] = {
         lambda b: ["internalize", b.clip, "-m", b.base, "-o", b.out],
         ["smolvlm model, not a video2lora checkpoint"],
     ),
+    "an adapter as model": (
+        lambda b: ["internalize", b.clip, "-m", b.adapter, "-o", b.out],
+        ["clip-lora is an adapter", "'checkpoint'"],
+    ),
+    "no model of that name": (
+        lambda b: ["internalize", b.clip, "-m", "nopedir", "-o", b.out],
+        ["no directory nopedir here", "Hub"],
+    ),
+    "no base inside": (lambda b: ["ask", b.nameless_adapter(), "What?"], ["'box'", "SHA-256", "--base CHECKPOINT"]),
+    "no base known": (lambda b: ["ask", b.nameless_adapter(known=False), "What?"], ["does not say", "--base"]),
     "wider base": (
         lambda b: ["ask", b.adapter, "What?", "--base", b.other_base(intermediate_size=96)],
         ["down_proj", "96", "other-base"],

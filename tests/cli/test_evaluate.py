@@ -209,7 +209,7 @@ def test_without_the_extra_there_are_scores(
     [
         (["--max-new-tokens", 7], "decoding.max_new_tokens=6, but 7"),
         (["--num-frames", 5], "sampling.num_frames=4, but 5"),
-        (["--num-samples", 2], "benchmark.num_samples="),
+        (["--num-samples", 2], "holds an evaluation of 7 questions about 5 videos in 4 frames, and "),
         (["--margin", "token_f1=0.1"], "margins.token_f1=0.05, but 0.1"),
         (["--dtype", "bfloat16"], "model.dtype='float32', but 'bfloat16'"),
     ],

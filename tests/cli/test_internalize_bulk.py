@@ -163,3 +163,20 @@ def test_sources_and_outputs_that_are_none(run: Run, clips: Path, model_dir: Pat
         assert done.exit_code == 2 and named in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_damaged_and_bad_videos_are_told_in_one_line_each(
+    run: Run, damaged: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(damaged, tmp_path / "in")
+    (tmp_path / "in" / "empty.mp4").write_bytes(b"")
+    done = run("internalize", tmp_path / "in", "-m", model_dir, "-o", tmp_path / "out", "--num-frames", 50)
+    assert done.exit_code == 0, done.stderr
+    first, second = sorted(done.stderr.splitlines())
+    assert first.startswith(f"warning: {tmp_path / 'in' / 'empty.mp4'} is skipped: ")
+    assert first.count("empty.mp4") == 1
+    (line,) = _index(tmp_path / "out")
+    count = line["num_decode_errors"]
+    assert count > 0
+    assert second == f"warning: damaged.mp4: {count} packets or frames do not decode; the rest was used"

@@ -112,3 +112,15 @@ def test_rows_that_are_not_there(run: Callable[..., Any], base_dir: Path, tmp_pa
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ") and "rows.jsonl" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_base_inside_a_checkpoint_or_named_by_it_answers_as_the_base(
+    run: Callable[..., Any], model_dir: Path, bundled_dir: Path, base_dir: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    responses = []
+    for base in (base_dir, model_dir, bundled_dir):
+        out = tmp_path / base.name
+        done = run("teach", rows_file, "--base", base, *SETTINGS, "--limit", 2, "-o", out)
+        assert done.exit_code == 0, done.stderr
+        responses.append([row["response"] for row in load_rows(out / "manifest.jsonl")["queries"][0]])
+    assert responses[0] == responses[1] == responses[2]

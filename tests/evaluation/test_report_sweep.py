@@ -88,8 +88,21 @@ def test_what_makes_no_sweep_is_refused_by_name(runs: list[Path], tmp_path: Path
     with pytest.raises(EvaluationError, match="frames-16 and .*same have the same frames"):
         write_sweep_report([first, same], tmp_path / "sweep")
     rows = write_run(tmp_path / "rows", num_samples=2, benchmark__digest="0" * 64)
-    with pytest.raises(EvaluationError, match=r"frames-16 and .*rows do not compare: their rows"):
+    with pytest.raises(EvaluationError, match="frames-16 and .*rows do not compare: their rows differ, 120 "):
         write_sweep_report([first, rows], tmp_path / "sweep")
+    shapes = [
+        write_run(
+            tmp_path / f"shapes-{n}",
+            num_samples=n,
+            benchmark__name="moving_shapes",
+            benchmark__digest=str(n) * 64,
+            sampling__num_frames=n,
+        )
+        for n in (4, 8)
+    ]
+    told = "12 questions about 4 videos in 4 frames and 24 questions about 8 videos in 8 frames"
+    with pytest.raises(EvaluationError, match=f"{told} .the moving-shapes benchmark leaves out .* --num-samples"):
+        write_sweep_report(shapes, tmp_path / "sweep")
     model = write_run(tmp_path / "model", num_samples=2, model__hypernetwork_sha256="0" * 64)
     with pytest.raises(EvaluationError, match=r"frames-16 and .*model are of different models"):
         write_sweep_report([first, model], tmp_path / "sweep")

@@ -379,8 +379,12 @@ def test_another_model_processor_or_benchmark_is_refused(finished: Path, model: 
     with pytest.raises(EvaluationError, match="sampling.num_frames=8, but 5"):
         evaluate((model[0], processor), rows_file, finished)
     benchmark = load_benchmark(rows_file)
-    with pytest.raises(EvaluationError, match="benchmark.*digest"):
+    with pytest.raises(EvaluationError, match="as many, but others, or in another order.*another folder"):
         evaluate(model, replace(benchmark, samples=tuple(reversed(benchmark.samples))), finished)
+    few = replace(benchmark, samples=benchmark.samples[:2], num_available=4)
+    told = "9 questions about 6 videos in 8 frames, and 4 questions about 2 videos in 8 frames were asked for"
+    with pytest.raises(EvaluationError, match=f"{told}. .*--num-samples"):
+        evaluate(model, few, finished)
     other = Video2LoraModel.from_pretrained(model[0].name_or_path)
     next(iter(other.hypernetwork.scaler_B.values())).data.fill_(2.0)
     with pytest.raises(EvaluationError, match="model.hypernetwork_sha256"):

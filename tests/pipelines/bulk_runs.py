@@ -7,9 +7,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import av
+
 from video2lora.pipelines.bulk import BulkSummary
 
 from ..processes import run_code
+from ..video.clips import write_clip
 
 SIZES = {"rank": 4, "latent_size": 16, "num_latents": 4, "num_blocks": 2, "num_frames": 3, "longest_edge": 64}
 OPTIONS: dict[str, Any] = {"batch_size": 2, "num_workers": 2}
@@ -38,6 +41,18 @@ if int(limit):
 print(internalize_many(pipe, videos, output, batch_size=2, num_workers=2))
 torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 """
+
+
+def damaged_clip(path: Path) -> Path:
+    """Two seconds of noise in groups of ten frames; of the last group two packets in the middle are zeros."""
+    write_clip(path, 50, gop_size=10, b_frames=0, seed=0, options={"crf": "30"})
+    with av.open(str(path)) as container:
+        spans = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for position, size in spans[43:45]:
+        data[position : position + size] = bytes(size)
+    path.write_bytes(data)
+    return path
 
 
 def index_of(folder: Path) -> list[dict[str, Any]]:

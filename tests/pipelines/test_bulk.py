@@ -233,3 +233,14 @@ def test_a_store_is_asked_and_filled(pipe: Any, clips: Path, tmp_path: Path, mad
     lines = {line["video"]: line for line in index_of(tmp_path / "two")}
     assert lines[str(clips / "c.mp4")]["content_hash"] == internalize[0].content_hash
     assert {line["content_hash"] for line in index_of(tmp_path / "one")} == {x["content_hash"] for x in lines.values()}
+
+
+def test_journals_of_versions_that_counted_no_errors_are_read(pipe: Any, clips: Path, whole: Path, tmp_path: Path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    for journal in (out / "journal").glob("*.jsonl"):
+        journal.write_text(journal.read_text().replace(' "num_decode_errors": 0,', ""))
+        assert "num_decode_errors" not in journal.read_text()
+    (out / "index.jsonl").unlink()
+    assert counts_of(internalize_many(pipe, clips, out, **OPTIONS)) == (0, 0, 7, 0)
+    assert index_of(out) == index_of(whole)
+    assert all(line["num_decode_errors"] == 0 for line in index_of(out))

@@ -78,6 +78,27 @@ def test_it_equals_the_chunks_of_the_finished_file(pipe, clip):
         assert same(adapter, finished.select(end=float(count)))
 
 
+@pytest.mark.parametrize("rule", ["span", "file"])
+def test_a_prompt_of_times_in_the_file_can_only_name_the_length_so_far(pipe, clip, monkeypatch, rule):
+    prompts, prepare = [], pipe._prepare
+
+    def noting(frames):
+        content = prepare(frames)
+        prompts.append(pipe.processor.decode(content["inputs"][0]["input_ids"][0]))
+        return content
+
+    monkeypatch.setattr(pipe, "_prepare", noting)
+    monkeypatch.setattr(pipe.processor, "prompt_timestamps", rule)
+    grown = list(pipe.stream(clip / "clip.ts", chunk_seconds=1.0, timeout=0))
+    finished = pipe(str(clip / "clip.ts"), chunk_seconds=1.0)
+    live, file = prompts[:5], prompts[5:]
+    lengths = [f"0:00:0{second} [H:MM:SS] video" for second in ((1, 1, 1, 1, 1) if rule == "span" else range(1, 6))]
+    assert [length in prompt for prompt, length in zip(live, lengths, strict=True)] == [True] * 5
+    assert (live == file) == (rule == "span") and live[-1] == file[-1]
+    assert [p.replace(length, lengths[-1]) for p, length in zip(live, lengths, strict=True)] == file
+    assert same(grown[-1], finished) == (rule == "span")
+
+
 def test_frames_from_an_iterator_are_those_of_the_file(pipe, clip):
     frames = load_video(clip / "clip.ts")
     options = {"chunk_seconds": 2.0, "fps": 2.0}

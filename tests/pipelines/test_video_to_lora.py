@@ -16,13 +16,18 @@ from video2lora import (
     Video2LoraModel,
     Video2LoraProcessor,
     VideoAdapter,
+    VideoAdapterStore,
     VideoError,
     VideoToLoraPipeline,
     compose_adapters,
     load_video,
 )
+from video2lora.adapters import Segment
+from video2lora.pipelines.video_to_lora import count_decode_errors
 from video2lora.testing import tiny_clip
 from video2lora.video import VideoReader
+
+from .bulk_runs import damaged_clip
 
 SIZES = {"rank": 4, "latent_size": 16, "num_latents": 4, "num_blocks": 2, "num_frames": 5}
 
@@ -304,3 +309,27 @@ def test_no_frames_in_memory(pipe):
 def test_without_a_model_it_says_what_to_pass(given):
     with pytest.raises(ValueError, match="has no default model.*pass model=.*from_vlm"):
         pipeline("video-to-lora", **given)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_seconds": 0.5}, {"chunk_seconds": 0.5, "max_rank": 12}])
+def test_a_damaged_video_is_told_in_the_log_once(pipe, clips, tmp_path, caplog, options):
+    path = damaged_clip(tmp_path / "damaged.mp4")
+    store = VideoAdapterStore(tmp_path / "store")
+    for arguments in ({}, {"store": store}, {"store": store}):
+        caplog.clear()
+        first, _ = pipe([str(path), clips[0]], num_frames=20, **options, **arguments)
+        (record,) = caplog.records
+        count = count_decode_errors(first.segments)
+        assert count > 0 and record.levelname == "WARNING"
+        expected = f"damaged.mp4: {count} packets or frames do not decode; the rest was used"
+        assert record.getMessage() == expected
+    caplog.clear()
+    pipe(str(path), num_frames=20, **options)
+    assert [record.getMessage() for record in caplog.records] == [expected]
+
+
+def test_what_a_file_lacks_is_counted_once_though_every_chunk_tells_it():
+    def count(*errors: int) -> int:
+        return count_decode_errors([Segment(num_decode_errors=number) for number in errors])
+
+    assert [count(), count(0), count(3), count(0, 2, 0, 1), count(9, 9, 9), count(9, 11, 9)] == [0, 0, 3, 3, 9, 11]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
-            with _warnings_as_lines():
+            with _warnings_as_lines(), _logged_as_lines():
                 command(*args, **kwargs)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -105,3 +106,21 @@ def _warnings_as_lines() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+class _LineHandler(logging.Handler):
+    """Writes a record as `warning: ...` on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {printable(' '.join(record.getMessage().split()))}", err=True)
+
+
+@contextmanager
+def _logged_as_lines() -> Iterator[None]:
+    """Show what the library logs as a warning or worse like its other warnings."""
+    logger, handler = logging.getLogger("video2lora"), _LineHandler(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

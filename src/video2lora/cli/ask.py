@@ -26,7 +26,8 @@ def ask(
         list[str] | None, typer.Argument(help="Questions; `-` reads one a line from stdin.", show_default=False)
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model: Hub id or directory; by default the one it was made for.")
+        str | None,
+        typer.Option(help="Base model, or a checkpoint that holds it: Hub id or directory; by default its own."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     device: Device = None,
@@ -47,12 +48,12 @@ def ask(
     from ._models import load_base_of
 
     loaded = VideoAdapter.from_pretrained(adapter)
-    vlm, processor, base_name = load_base_of(loaded, base, device)
-    model: Any = loaded.attach(vlm).merge_and_unload()
+    found = load_base_of(loaded, base, device)
+    model: Any = loaded.attach(found.vlm).merge_and_unload()
     several = len(questions or []) > 1 or "-" in (questions or [])
     answers = []
     for question in _all_questions(questions or [], interactive):
-        answer = generate_answer(model, processor, question, max_new_tokens)
+        answer = generate_answer(model, found.processor, question, max_new_tokens)
         answers.append(answer)
         if json:
             continue
@@ -60,7 +61,7 @@ def ask(
             typer.echo(printable(f"> {question}"))
         typer.echo(printable(answer["answer"]))
     if json:
-        print_json({"adapter": adapter, "base": base_name, "visual_tokens_in_context": 0, "answers": answers})
+        print_json({"adapter": adapter, "base": found.name, "visual_tokens_in_context": 0, "answers": answers})
 
 
 def generate_answer(

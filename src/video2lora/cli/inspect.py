@@ -101,7 +101,7 @@ def _show_adapter(document: dict[str, Any]) -> None:
     print_fields(
         {
             "adapter": document["name"],
-            "base": _with_revision(document["base_model"], document["base_revision"]),
+            "base": _with_revision(document["base_model"], document["base_revision"]) or _unnamed_base(document),
             "hypernetwork": _with_revision(document["hypernetwork"], hypernetwork_at),
             "rank": f"{document['rank']}{static}",
             "changes": f"{', '.join(document['target_modules'])} of {len(document['layers'])} layers",
@@ -113,14 +113,28 @@ def _show_adapter(document: dict[str, Any]) -> None:
         }
     )
     typer.echo()
-    columns = ["segment", "video", "span", "frames", "visual tokens", "ranks", "weight", "sha256"]
-    print_table(columns, [_segment(i, segment) for i, segment in enumerate(document["segments"])])
+    _show_segments(document["segments"])
     typer.echo()
     rows = [
         (module, f"{min(norms):.3g}", f"{sum(norms) / len(norms):.3g}", f"{max(norms):.3g}", sparkline(norms))
         for module, norms in document["norms"].items()
     ]
     print_table(["norm of the change", "least", "mean", "most", "layer by layer"], rows)
+
+
+def _unnamed_base(document: dict[str, Any]) -> str | None:
+    """Where the base is that an adapter does not name; `None` where nobody can tell."""
+    made_by = document["hypernetwork"] or document["hypernetwork_sha256"]
+    return "in the checkpoint that made it (`ask` takes that as --base)" if made_by else None
+
+
+def _show_segments(segments: list[dict[str, Any]]) -> None:
+    columns = ["segment", "video", "span", "frames", "visual tokens", "ranks", "weight", "sha256"]
+    rows = [_segment(i, segment) for i, segment in enumerate(segments)]
+    if any(segment["num_decode_errors"] for segment in segments):
+        columns.append("not decoded")
+        rows = [[*row, segment["num_decode_errors"]] for row, segment in zip(rows, segments, strict=True)]
+    print_table(columns, rows)
 
 
 def _segment(index: int, segment: dict[str, Any]) -> list[object]:
@@ -145,7 +159,7 @@ def _describe_model(name: str, revision: str | None) -> dict[str, Any]:
     import torch
 
     from ..modeling import Video2LoraModel
-    from ._models import load_config
+    from ._models import load_config, model_bytes
 
     config = load_config(name, revision)
     with about(name), torch.device("meta"):  # sizes without weights
@@ -161,7 +175,7 @@ def _describe_model(name: str, revision: str | None) -> dict[str, Any]:
         "bundled": config.bundle_base,
         "hypernetwork_parameters": {part: sum(p.numel() for p in module.parameters()) for part, module in parts},
         "base_parameters": sum(p.numel() for p in model.vlm.parameters()),
-        "bytes": directory_bytes(directory) if directory.is_dir() else None,
+        "bytes": model_bytes(directory) if directory.is_dir() else None,
         **{key: getattr(config, key) for key in ("rank", "lora_scaling", "target_modules", "layers_to_transform")},
         **{key: getattr(config, key) for key in ("use_static_lora", "latent_size", "num_latents", "num_blocks")},
         **{key: getattr(config, key) for key in ("num_frames", "longest_edge", "internalization_prompt")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -112,6 +113,9 @@ def internalize(
         return
     columns = ["video", "span", "frames", "visual tokens", "rank", "size", "seconds", "adapter"]
     print_table(columns, [_row(row) for row in rows])
+    if pipeline.model.config.bundle_base:
+        words = ["video2lora", "ask", str(targets[0]), "What happens in the video?", "--base", model]
+        typer.echo(f"The base is inside the checkpoint; ask the adapter: {shlex.join(words)}", err=True)
 
 
 def _is_bulk(videos: list[str], split: str | None, shard: str | None, max_bad_fraction: float | None) -> bool:
@@ -245,6 +249,8 @@ def _check_videos(videos: list[str], longest_edge: int | None, **sampling: Any) 
 
 
 def _describe(video: str, target: Path, adapter: VideoAdapter, seconds: float) -> dict[str, Any]:
+    from ..pipelines.video_to_lora import count_decode_errors
+
     segments = adapter.segments
     return {
         "video": video,
@@ -253,6 +259,7 @@ def _describe(video: str, target: Path, adapter: VideoAdapter, seconds: float) -
         "end": segments[-1].end,
         "segments": len(segments),
         "num_frames": sum(segment.num_frames or 0 for segment in segments),
+        "num_decode_errors": count_decode_errors(segments),
         "num_visual_tokens": sum(segment.num_visual_tokens or 0 for segment in segments),
         "rank": adapter.rank,
         "bytes": directory_bytes(target),

@@ -10,11 +10,12 @@ import typer
 
 from ._errors import CommandError, about
 from ._options import Device, Dtype, Json, Output, torch_device, torch_dtype
-from ._output import note, print_fields, print_json
+from ._output import print_fields, print_json
 from ._processes import process_state
 
 if TYPE_CHECKING:
     from ..trainer.teacher import TeachSummary
+    from ._models import LoadedBase
 
 
 def teach(
@@ -61,8 +62,8 @@ def teach(
     try:
         with about(rows):
             dataset = _load(rows, split, video_root, limit)
-        revision = _commit(base, revision)
-        vlm, processor = _load_base(base, revision, dtype, state.device if device is None else device)
+        found = _load_base(base, revision, dtype, state.device if device is None else device)
+        vlm, processor = found.vlm, found.processor
         vocab_size = vlm.get_output_embeddings().weight.shape[0]
         if top_k is not None and top_k > vocab_size:
             raise CommandError(f"--top-k {top_k} is more than the {vocab_size} tokens of {base}.")
@@ -78,7 +79,7 @@ def teach(
             num_workers=num_workers,
             overwrite_responses=overwrite_responses,
             max_bad_fraction=max_bad_fraction,
-            base_revision=revision,
+            base_revision=found.revision,
         )
     except DatasetError as error:
         raise CommandError(str(error)) from error
@@ -94,28 +95,11 @@ def _load(rows: str, split: str | None, video_root: Path | None, limit: int | No
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def _commit(base: str, revision: str | None) -> str | None:
-    """The commit that is loaded and written down, found once: a push in between must not change it."""
-    from ..modeling.base import resolve_commit
+def _load_base(base: str, revision: str | None, dtype: Dtype | None, device: Any) -> LoadedBase:
+    from ._models import load_base_or_bundled
 
-    return resolve_commit(base, revision) or revision
-
-
-def _load_base(base: str, revision: str | None, dtype: Dtype | None, device: Any) -> tuple[Any, Any]:
-    from transformers import AutoProcessor
-
-    from ..modeling import Video2LoraProcessor
-    from ..modeling.base import load_base
-    from ._models import check_is_there
-
-    where = torch_device(str(device))
-    check_is_there(base, "the base model ")
-    note(f"loading {base}")
     arguments = {} if dtype is None else {"dtype": torch_dtype(dtype)}
-    with about(base):
-        vlm = load_base(base, revision, **arguments)
-        processor = AutoProcessor.from_pretrained(base, revision=None if Path(base).is_dir() else revision)
-    return vlm.to(where), Video2LoraProcessor(processor)
+    return load_base_or_bundled(base, revision, torch_device(str(device)), **arguments)
 
 
 def _show(summary: TeachSummary, base: str, json: bool) -> None:

@@ -18,9 +18,18 @@ from accelerate import PartialState
 from .. import __version__
 from ..modeling.model import Video2LoraModel
 from ..modeling.processor import SETTINGS, Video2LoraProcessor
+from .comparison import SAME, rows_told, why_rows_differ
 from .conditions import CONDITIONS, Condition, Decoding
 from .journal import RunFolder
-from .records import FORMAT_VERSION, EvaluationError, EvaluationRun, make_records, read_run, write_records
+from .records import (
+    FORMAT_VERSION,
+    EvaluationError,
+    EvaluationRun,
+    make_records,
+    read_run,
+    read_settings,
+    write_records,
+)
 from .scoring import check_metrics, score_run
 from .work import Work
 
@@ -105,6 +114,7 @@ def evaluate_model(
         "judge": None if "judge" not in chosen or judge is None else judge.settings(),
     }
     state = PartialState(cpu=model.device.type == "cpu", timeout=timedelta(days=7))  # a judge may take long
+    _check_rows(Path(output_dir), settings)
     folder = RunFolder(Path(output_dir), json.loads(json.dumps(settings)), state.process_index)
     if not folder.finished:
         done = folder.open(state.num_processes)
@@ -173,6 +183,20 @@ def run_settings(
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     }
+
+
+def _check_rows(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds a run of the same benchmark with other rows, in words rather than by a digest."""
+    there = read_settings(folder)
+    if there is None:
+        return
+    different = [name for name in SAME if there["benchmark"].get(name) != settings["benchmark"][name]]
+    if different == ["digest"]:
+        raise EvaluationError(
+            f"{folder} holds an evaluation of {rows_told(there)}, and {rows_told(settings)} were asked for"
+            f"{why_rows_differ(there, settings)}. What was declared before the first answer stays: use the same "
+            "--num-samples, --tasks and --num-frames to go on, or name another folder."
+        )
 
 
 def _metrics(benchmark: Benchmark, metrics: Sequence[str] | None, judge: Judge | None) -> list[str]:

@@ -43,6 +43,7 @@ def adapter_card(document: Mapping[str, Any], *, name: str, base_on_hub: bool) -
         base=_inline(base_model or "the base model"),
         # of a directory only the last part is told: somebody else's path is elsewhere
         base_path=_inline(base_model if base_on_hub else f"path/to/{base_model or 'base'}"),
+        base_named=base_model is not None,
         revision=provenance["base_revision"],
         model_class=document["base"]["model_class"],
         segments=[_segment_row(segment) for segment in provenance["segments"]],
@@ -75,11 +76,18 @@ def _segment_row(segment: Mapping[str, Any]) -> list[str]:
     return [
         f"`{_inline(segment['source'])}`" if segment["source"] else "unnamed video",
         span,
-        "" if segment["num_frames"] is None else str(segment["num_frames"]),
+        _frames(segment),
         "" if segment["num_visual_tokens"] is None else f"{segment['num_visual_tokens']:,}",
         "mixed" if ranks is None else f"{ranks[0]} to {ranks[1] - 1}",
         "" if segment["weight"] == 1 else f"{segment['weight']:g}",
     ]
+
+
+def _frames(segment: Mapping[str, Any]) -> str:
+    """How many frames were used, and what of a damaged file was not."""
+    used = "" if segment["num_frames"] is None else str(segment["num_frames"])
+    lost = segment["num_decode_errors"]
+    return f"{used} ({lost} packets or frames do not decode)".lstrip() if lost else used
 
 
 def _seconds(value: float | None) -> str:

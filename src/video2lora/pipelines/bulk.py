@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,13 +28,14 @@ from ..video.ahead import prepare_ahead
 from ..video.sampling import check_request
 from .bulk_folder import BulkFolder, Entry
 from .bulk_videos import BulkItem, BulkVideos
-from .video_to_lora import VideoToLoraPipeline, _join
+from .video_to_lora import VideoToLoraPipeline, _join, warn_of_damage
 
 __all__ = ["BulkSummary", "BulkVideos", "distributed_state", "internalize_many"]
 
 logger = logging.getLogger(__name__)
 
-_FACTS = ("key", "adapter", "content_hash", "sha256", "source", "num_frames", "seconds", "segments", "rank", "bytes")
+_FACTS: tuple[str, ...] = ("key", "adapter", "content_hash", "sha256", "source", "num_frames", "num_decode_errors")
+_FACTS += ("seconds", "segments", "rank", "bytes")
 _calls = itertools.count()
 
 
@@ -100,7 +102,8 @@ def internalize_many(
     `output_dir` gets an adapter directory `<name of the video>-<16 digits>` for each video and span;
     `index.jsonl`, in the order of the videos: `video`, `start` and `end` (as asked for), `ids` of rows, `adapter` (the
     directory), `key` (as `VideoToLoraPipeline.store_key`), `content_hash`, `sha256` of the video, `num_frames`,
-    `seconds` of video, `segments`, `rank`, `bytes`; `skipped.jsonl`, what could not be read, with the `error`;
+    `num_decode_errors` (packets and frames of a damaged video that were left out), `seconds` of video, `segments`,
+    `rank`, `bytes`; `skipped.jsonl`, what could not be read, with the `error`;
     `internalize.json`, what decides the adapters; and `journal/`, what is known of each video.
 
     Called again it goes on where it was stopped, even by kill -9, and by the same batches comes to the same adapters:
@@ -346,7 +349,7 @@ class _Work:
                 error, adapter = (outcome, None) if isinstance(outcome, str) else (None, outcome)
             place = {"video": item.video, "where": item.where, "start": item.start, "end": item.end}
             if error is not None:
-                logger.warning("%s is skipped: %s", item.name, error)
+                logger.warning("%s is skipped: %s", item.name, _without_name(error, item))
                 entries.append(place | {"error": error})
                 counts["skipped"] += 1
                 continue
@@ -354,7 +357,7 @@ class _Work:
                 facts = ready.found
             else:
                 assert adapter is not None
-                facts = self._write(adapter, item, new=ready.stored is None)
+                facts = self._write(warn_of_damage(adapter), item, new=ready.stored is None)
             counts["found" if ready.found else "store" if ready.stored else "made"] += 1
             entry = {name: facts[name] for name in (*_FACTS, "stamp")}
             entries.append(place | {"signature": ready.signature} | entry)
@@ -468,6 +471,12 @@ def _errors_of_the_file(chunks: Iterator[Any]) -> Iterator[Any]:
 def _told(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, (VideoError, AdapterError, _FileError)) else f"{type(error).__name__}: {text}"
+
+
+def _without_name(error: str, item: BulkItem) -> str:
+    """An error without the name of its video, which stands before it already."""
+    name = re.split(r"[/\\]", item.video or "")[-1].partition("?")[0]
+    return error.removeprefix(f"{name}: ") if name else error
 
 
 def _too_many(bad: int, total: int, max_bad_fraction: float, path: Path) -> Exception:

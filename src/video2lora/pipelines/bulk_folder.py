@@ -23,6 +23,7 @@ from ..adapters.errors import OutputExistsError
 from ..data import DatasetError
 from ..data.files import cut_torn_line, write_atomically
 from .bulk_videos import BulkItem
+from .video_to_lora import count_decode_errors
 
 INDEX, SKIPPED, STATE, JOURNAL = "index.jsonl", "skipped.jsonl", "internalize.json", "journal"
 FORMAT = 1
@@ -30,7 +31,8 @@ _LEFTOVER = re.compile(r"\..+\.(?:(?:tmp|old)-[0-9a-f]{12}|\d+\.part)")
 _LEFTOVER_SECONDS = 3600  # a writer takes milliseconds
 _DIGITS = 16  # of a directory's name; the whole key stands in the index
 _STEM = 60  # characters; file systems take 255 bytes
-_IN_INDEX = ("adapter", "key", "content_hash", "sha256", "num_frames", "seconds", "segments", "rank", "bytes")
+_IN_INDEX: tuple[str, ...] = ("adapter", "key", "content_hash", "sha256", "num_frames", "num_decode_errors")
+_IN_INDEX += ("seconds", "segments", "rank", "bytes")
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +176,7 @@ class BulkFolder:
             "sha256": segments[0].sha256,
             "source": segments[0].source,
             "num_frames": sum(segment.num_frames or 0 for segment in segments),
+            "num_decode_errors": count_decode_errors(segments),
             "seconds": round(sum((s.end or 0.0) - (s.start or 0.0) for s in segments), 6),
             "segments": len(segments),
             "rank": adapter.rank,
@@ -262,6 +265,7 @@ class BulkFolder:
         if known is None or known["attempt"] <= entry["attempt"]:
             self.newest[_identity(entry)] = entry
         if "key" in entry:
+            entry.setdefault("num_decode_errors", 0)  # journals of older versions do not tell
             self.by_key[entry["key"]] = entry
 
     def _known(self, entry: Entry) -> bool:

@@ -106,7 +106,8 @@ class VideoToLoraPipeline(Pipeline):
             A [`VideoAdapter`], or a list or iterator of them.
 
         Raises:
-            VideoError: a video cannot be read, or not be sampled as asked.
+            VideoError: a video cannot be read, or not be sampled as asked. (One of which a part does not decode is
+                read as far as it does, with a warning in the log; see `Segment.num_decode_errors`.)
             TypeError: `videos` is nothing a video comes as, nor a list, generator or dataset.
         """
         options = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
@@ -124,14 +125,15 @@ class VideoToLoraPipeline(Pipeline):
             )
         if store is not None:
             stored = self._through_store([videos] if one else videos, store, num_workers, batch_size, preprocess)
+            stored = map(warn_of_damage, stored)
             if one:
                 return next(stored)
             return list(_with_bar(stored, videos)) if isinstance(videos, (list, tuple)) else stored
         if one:
             if "chunk_seconds" in preprocess:
-                return self._internalize_chunks(videos, batch_size, **preprocess)
-            return self.run_single(videos, preprocess, {}, {})[0]
-        adapters = self.get_iterator(videos, num_workers, batch_size, preprocess, {}, {})
+                return warn_of_damage(self._internalize_chunks(videos, batch_size, **preprocess))
+            return warn_of_damage(self.run_single(videos, preprocess, {}, {})[0])
+        adapters = map(warn_of_damage, self.get_iterator(videos, num_workers, batch_size, preprocess, {}, {}))
         return list(_with_bar(adapters, videos)) if isinstance(videos, (list, tuple)) else adapters
 
     stream = stream
@@ -356,6 +358,22 @@ class VideoToLoraPipeline(Pipeline):
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+
+def count_decode_errors(segments: Sequence[Segment]) -> int:
+    """Packets and frames of one video that did not decode."""
+    counts = [segment.num_decode_errors for segment in segments]
+    # what the whole file lacks, such as an end that was cut off, is counted in every chunk
+    return sum(counts) - (len(counts) - 1) * min(counts, default=0)
+
+
+def warn_of_damage(adapter: VideoAdapter) -> VideoAdapter:
+    """The same adapter, of one video; log it if that is damaged."""
+    count = count_decode_errors(adapter.segments)
+    if count:
+        name = adapter.segments[0].source or "the video"
+        logger.warning("%s: %d packets or frames do not decode; the rest was used", name, count)
+    return adapter
 
 
 def _is_one_video(videos: Any) -> bool:
