@@ -79,7 +79,12 @@ def test_internalize_overwrites_an_adapter_when_told_to(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_ask_answers_as_the_model_in_memory_does(run: Run, model_dir: Path, adapter_dir: Path) -> None:
+CUT = "(cut after 8 tokens: --max-new-tokens takes more)\n"
+
+
+def test_ask_answers_as_the_model_in_memory_does(
+    run: Run, model_dir: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Video2LoraModel.from_pretrained(model_dir)
     processor = Video2LoraProcessor.from_pretrained(model_dir)
     inputs = processor(text=[QUESTION])
@@ -92,7 +97,11 @@ def test_ask_answers_as_the_model_in_memory_does(run: Run, model_dir: Path, adap
     assert document["visual_tokens_in_context"] == 0
     assert document["answers"][0]["answer"] == expected
     assert document["answers"][0]["context_tokens"] == inputs["input_ids"].shape[1]
-    assert run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout == printable(expected) + "\n"
+    asked = run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8)
+    assert (asked.stdout, asked.stderr) == (printable(expected) + "\n", CUT) and not document["answers"][0]["ended"]
+    monkeypatch.setattr(Video2LoraProcessor, "end_token_ids", {int(tokens[0, -1])})
+    asked = run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8)
+    assert (asked.stdout, asked.stderr) == (printable(expected) + "\n", "")
 
 
 def test_ask_takes_the_text_layout_and_another_place_of_the_base(
@@ -102,14 +111,14 @@ def test_ask_takes_the_text_layout_and_another_place_of_the_base(
     moved = shutil.copytree(base_dir, tmp_path / "base")
     expected = run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout
     result = run("ask", tmp_path / "text", QUESTION, "--base", moved, "--max-new-tokens", 8)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, expected, "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, expected, CUT)
 
 
 def test_ask_warns_about_another_base_of_the_same_size(run: Run, adapter_dir: Path, tmp_path: Path) -> None:
     other = save_tiny_vlm("smolvlm", tmp_path / "other", seed=1)
     result = run("ask", adapter_dir, QUESTION, "--base", other, "--max-new-tokens", 2)
     assert result.exit_code == 0
-    (line,) = result.stderr.splitlines()
+    line, _cut = result.stderr.splitlines()
     assert line.startswith("warning: this adapter was made for") and "other" in line
 
 
@@ -226,7 +235,7 @@ def test_a_base_inside_the_checkpoint_is_named_and_found(
     told = run("ask", out, QUESTION)
     assert told.exit_code == 2 and "'box'" in told.stderr and "--base CHECKPOINT" in told.stderr
     asked = run(*words[1:3], QUESTION, *words[-2:], "--max-new-tokens", 8)
-    assert (asked.exit_code, asked.stderr) == (0, "")
+    assert asked.exit_code == 0 and asked.stderr.startswith("(cut after ") and len(asked.stderr.splitlines()) == 1
     assert asked.stdout == run("ask", adapter_dir, QUESTION, "--max-new-tokens", 8).stdout
     as_json = run("internalize", clip, "-m", bundled_dir, "-o", tmp_path / "json", "--json")
     assert as_json.stderr == "" and json.loads(as_json.stdout)["adapters"][0]["num_decode_errors"] == 0

@@ -37,7 +37,7 @@ def test_no_control_character_is_left_and_nothing_else_changes() -> None:
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(model: Any, processor: Any, question: str, max_new_tokens: int) -> dict[str, Any]:
-        return {"question": question, "answer": NASTY}
+        return {"question": question, "answer": NASTY, "ended": True}
 
     monkeypatch.setattr(ask, "generate_answer", answer)
 
@@ -55,7 +55,7 @@ def test_an_answer_cannot_move_the_cursor(
 
 def test_json_has_the_answer_as_it_is(answering: None, run: Callable[..., Any], adapter_dir: Path) -> None:
     done = run("ask", adapter_dir, "One?", "--json", color=True)
-    assert json.loads(done.stdout)["answers"] == [{"question": "One?", "answer": NASTY}]
+    assert json.loads(done.stdout)["answers"] == [{"question": "One?", "answer": NASTY, "ended": True}]
     assert "\x1b" not in done.stdout  # JSON escapes it
 
 

@@ -60,6 +60,8 @@ def ask(
         if several:
             typer.echo(printable(f"> {question}"))
         typer.echo(printable(answer["answer"]))
+        if not answer["ended"]:
+            typer.echo(f"(cut after {max_new_tokens} tokens: --max-new-tokens takes more)", err=True)
     if json:
         print_json({"adapter": adapter, "base": found.name, "visual_tokens_in_context": 0, "answers": answers})
 
@@ -79,10 +81,12 @@ def generate_answer(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.pad_token_id
         )[0, length:]
     answer = processor.decode(tokens, skip_special_tokens=True).strip()
+    ended = len(tokens) < max_new_tokens or int(tokens[-1]) in processor.end_token_ids
     seconds = round(time.perf_counter() - started, 3)
     return {
         "question": question,
         "answer": answer,
+        "ended": ended,
         "context_tokens": length,
         "new_tokens": len(tokens),
         "seconds": seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 
 RECIPE: dict[str, Any] = {
@@ -68,6 +69,8 @@ class Video2LoraTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn at every epoch that it does not
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the rows hold the video, no argument of the model.")
         if self.ce_weight < 0 or self.kl_weight < 0 or self.ce_weight + self.kl_weight == 0:
