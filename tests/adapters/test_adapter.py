@@ -205,6 +205,9 @@ def test_a_base_without_a_name_is_known_by_its_weights(vlm, random_weights, tmp_
         for base in (copy.deepcopy(vlm), copy.deepcopy(unnamed).to(torch.bfloat16), half):  # half rounds otherwise
             loaded.attach(base)
         assert base_fingerprint(meta, targets) is None
+        packed = copy.deepcopy(vlm)  # some quantised layers have no weight of that name
+        packed.set_submodule(targets.all_paths()[0], torch.nn.Identity())
+        assert base_fingerprint(packed, targets) is None
     other = copy.deepcopy(unnamed)
     other.get_submodule(targets.all_paths()[-1]).weight.data[0, 0] += 1
     of_other = VideoAdapter.from_weights(random_weights(targets, 1), vlm=other)

@@ -44,8 +44,10 @@ def base_fingerprint(vlm: nn.Module, targets: LoraTargets) -> str | None:
     """
     digest = hashlib.sha256()
     for path in (targets.all_paths()[0], targets.all_paths()[-1]):
-        weight: Any = vlm.get_submodule(path).weight
-        if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        weight = getattr(vlm.get_submodule(path), "weight", None)  # some quantised layers have none
+        if not isinstance(weight, torch.Tensor) or weight.is_meta:
+            return None
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
             return None
         digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

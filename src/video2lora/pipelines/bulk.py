@@ -26,7 +26,7 @@ from ..data import DatasetError
 from ..video import VideoError, VideoReader, VideoSpanError
 from ..video.ahead import prepare_ahead
 from ..video.sampling import check_request
-from .bulk_folder import BulkFolder, Entry
+from .bulk_folder import IN_INDEX, BulkFolder, Entry
 from .bulk_videos import BulkItem, BulkVideos
 from .video_to_lora import VideoToLoraPipeline, _join, warn_of_damage
 
@@ -34,8 +34,6 @@ __all__ = ["BulkSummary", "BulkVideos", "distributed_state", "internalize_many"]
 
 logger = logging.getLogger(__name__)
 
-_FACTS: tuple[str, ...] = ("key", "adapter", "content_hash", "sha256", "source", "num_frames", "num_decode_errors")
-_FACTS += ("seconds", "segments", "rank", "bytes")
 _calls = itertools.count()
 
 
@@ -359,7 +357,7 @@ class _Work:
                 assert adapter is not None
                 facts = self._write(warn_of_damage(adapter), item, new=ready.stored is None)
             counts["found" if ready.found else "store" if ready.stored else "made"] += 1
-            entry = {name: facts[name] for name in (*_FACTS, "stamp")}
+            entry = {name: facts[name] for name in (*IN_INDEX, "source", "stamp")}
             entries.append(place | {"signature": ready.signature} | entry)
             written[facts["adapter"]] = facts["bytes"]
         counts["bytes"] += sum(written.values())

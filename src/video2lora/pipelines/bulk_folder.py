@@ -31,8 +31,18 @@ _LEFTOVER = re.compile(r"\..+\.(?:(?:tmp|old)-[0-9a-f]{12}|\d+\.part)")
 _LEFTOVER_SECONDS = 3600  # a writer takes milliseconds
 _DIGITS = 16  # of a directory's name; the whole key stands in the index
 _STEM = 60  # characters; file systems take 255 bytes
-_IN_INDEX: tuple[str, ...] = ("adapter", "key", "content_hash", "sha256", "num_frames", "num_decode_errors")
-_IN_INDEX += ("seconds", "segments", "rank", "bytes")
+IN_INDEX = (
+    "adapter",
+    "key",
+    "content_hash",
+    "sha256",
+    "num_frames",
+    "num_decode_errors",
+    "seconds",
+    "segments",
+    "rank",
+    "bytes",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +217,7 @@ class BulkFolder:
                     skipped.append(line | {"error": entry["error"]})
                     continue
                 line["video"] = item.video or entry["source"]
-                lines.append(line | {name: entry[name] for name in _IN_INDEX})
+                lines.append(line | {name: entry[name] for name in IN_INDEX})
             _write_if_new(self.index, _jsonl(lines))
             if skipped:
                 _write_if_new(self.path / SKIPPED, _jsonl(skipped))
