@@ -161,6 +161,11 @@ def test_every_stage_runs_and_goes_on(modules, tmp_path, monkeypatch):
     further = ("--start-from", hypernetwork, "--steps", 1, "--learning-rate", 0, "--plain", 0, "--validation", 0)
     stage("train_hypernetwork", vlm, "-o", tmp_path / "further", *small, *further)
     assert not (tmp_path / "further" / "validation.jsonl").exists()
+    assert "began with | the weights of `hypernetwork` |" in (tmp_path / "further" / "README.md").read_text()
+    assert modules[NAMES.index("train_hypernetwork")].history(tmp_path / "further") == [
+        {"steps": 2, "clips": 2},
+        {"steps": 1, "clips": 2},
+    ]
     before, after = (load_file(folder / "model.safetensors") for folder in (hypernetwork, tmp_path / "further"))
     assert len(before) == len(after) > 50 and all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(SystemExit, match="is finished"):

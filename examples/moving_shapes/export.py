@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
-from train_hypernetwork import HELD_OUT_TASKS
+from train_hypernetwork import HELD_OUT_TASKS, HISTORY, history
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
 from video2lora.adapters.directories import check_target, new_directory
@@ -32,7 +32,7 @@ from video2lora.hub_cards.evaluation_card import add_to_card, model_index
 NAME = "examples/moving_shapes/checkpoint"  # where the card's code finds it, from the repository's root
 IN_INDEX = ("main", "phrasings", "combinations")  # runs of the proof that are the model's results on a Hub page
 CURVE = "learning_curve.png"
-FILES = {"config.json", "model.safetensors", "processor_config.json", "vlm_processor", "README.md", CURVE}
+FILES = {"config.json", "model.safetensors", "processor_config.json", "vlm_processor", "README.md", CURVE, HISTORY}
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -65,7 +65,10 @@ def export(checkpoint: Path, output: Path, proof: Path | None = None, overwrite:
         training = training_section(checkpoint)
         if training and CURVE in training:
             shutil.copyfile(checkpoint / CURVE, folder / CURVE)
-        facts = model_facts(model, folder) | vlm_facts(vlm_run) | {"training": training}
+        runs = history(checkpoint)
+        if runs:
+            shutil.copyfile(checkpoint / HISTORY, folder / HISTORY)
+        facts = model_facts(model, folder) | vlm_facts(vlm_run) | {"training": training, "earlier": runs[:-1]}
         write_card(folder / "README.md", facts, proof)
 
 

@@ -47,6 +47,7 @@ def write_results(folder: Path, output: Path, captions_only: Path | None = None)
         other = found.get("main")
         if other is None:
             missing.append(f"main of {captions_only.name}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     claims, parts = [], []
     for section in (_main, _unseen, _frames, _pixels, _composition):
         more, text = section(runs, output)

@@ -36,6 +36,7 @@ HELD_OUT_TASKS = ("existence", "size")
 TRAINED_TASKS = tuple(task for task in TASKS if task not in HELD_OUT_TASKS)
 IN_TURN = ("colour", "shape", "count", "position")  # what is learnt soonest: one of them about each clip
 ASKED = (*(task for task in TRAINED_TASKS if task not in IN_TURN), "how_often", "order")  # the last to be learnt twice
+HISTORY = "history.json"  # beside the weights: the runs that made them
 
 
 def main() -> None:
@@ -66,6 +67,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=any(options.output.glob("checkpoint-*")))
     if trainer.state.global_step >= options.steps:
         trainer.save_model()
+        if trainer.is_world_process_zero():
+            runs = [*history(options.start_from), {"steps": options.steps, "clips": options.batch_size * made.world_size}]
+            (options.output / HISTORY).write_text(json.dumps(runs), encoding="utf-8")
         if options.validation:  # behind what must not be lost
             trainer.evaluate()
             trainer.save_model()  # its card tells of it
@@ -77,6 +81,12 @@ def main() -> None:
     state = PartialState()
     state.wait_for_everyone()  # a process that outlives the others hangs when it lets go of them
     state.destroy_process_group()
+
+
+def history(folder: Path | None) -> list[dict[str, int]]:
+    """Steps, and clips a step, of the runs that made a model's weights, the last one last; none if nobody wrote them."""
+    file = folder / HISTORY if folder else None
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else []
 
 
 def parse() -> argparse.Namespace:
@@ -139,6 +149,7 @@ def build(options: argparse.Namespace) -> tuple[Video2LoraModel, Video2LoraProce
         tensors, prefix = load_file(options.start_from / "model.safetensors"), "hypernetwork."
         weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         model.hypernetwork.load_state_dict(weights)
+        model.name_or_path = str(options.start_from)  # what the run's card says it began with
     processor = AutoProcessor.from_pretrained(options.vlm)
     return model, Video2LoraProcessor.from_config(model.config, vlm_processor=processor)
 

@@ -58,12 +58,13 @@ def make(tiny_vlm_dir: Path, rows: list[dict[str, Any]], tmp_path: Path) -> Any:
     """A trainer whose adapters change something at once; it trains on the last four rows, evaluates on the others."""
 
     def trainer(
-        train: Any = None, evaluation: Any = "rows", output: str = "run", **arguments: Any
+        train: Any = None, evaluation: Any = "rows", output: str = "run", model: Any = None, **arguments: Any
     ) -> Video2LoraTrainer:
         torch.manual_seed(0)
-        model = Video2LoraModel.from_vlm(tiny_vlm_dir, dtype=torch.float32, **SIZES)
-        for scaler in model.hypernetwork.scaler_B.values():
-            torch.nn.init.normal_(scaler, std=0.3)
+        if model is None:
+            model = Video2LoraModel.from_vlm(tiny_vlm_dir, dtype=torch.float32, **SIZES)
+            for scaler in model.hypernetwork.scaler_B.values():
+                torch.nn.init.normal_(scaler, std=0.3)
         args = Video2LoraTrainingArguments(output_dir=str(tmp_path / output), **ARGUMENTS | arguments)
         held_out = rows[:2] if evaluation == "rows" else evaluation
         return Video2LoraTrainer(model, args, train_dataset=train or rows[2:], eval_dataset=held_out)
@@ -294,6 +295,23 @@ def test_the_card_tells_what_the_run_was(make: Any, rows: list[dict[str, Any]], 
     assert "samples/step-2.md" in text and (tmp_path / "run" / "samples" / "step-2.md").is_file()
     assert 'pipeline("video-to-lora", model="run")' in text and "Nobody has written" not in text
     assert "hf_secret" not in text and str(tmp_path) not in text
+
+
+def test_the_card_tells_which_weights_the_run_began_with(make: Any, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.create_model_card()
+    assert "began with" not in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    trainer.model.save_pretrained(tmp_path / "earlier")
+    model = Video2LoraModel.from_pretrained(tmp_path / "earlier")
+    card = tmp_path / "further" / "README.md"
+    make(model=model, output=card.parent.name).train()
+    assert "| began with | the weights of `earlier` |" in card.read_text(encoding="utf-8")
+    assert str(tmp_path) not in card.read_text(encoding="utf-8")
+    model = Video2LoraModel.from_pretrained(tmp_path / "earlier")
+    model.name_or_path, model.checkpoint_commit = "somebody/kitchen", "0" * 40  # as from the Hub
+    card = tmp_path / "from_hub" / "README.md"
+    make(model=model, output=card.parent.name).train()
+    assert f"the weights of `somebody/kitchen` at `{'0' * 40}` |" in card.read_text(encoding="utf-8")
 
 
 def test_metadata_is_valid_on_the_hub(make: Any, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ class TrainingFacts:
         seconds: how long this process trained, on `device`.
         per_device_batch, accumulation, processes: videos, batches a step, processes.
         optimisation, loss, precision: in words.
+        began_with: the checkpoint whose weights the run began with, in words; `None` for new ones.
         num_videos, num_skipped: videos taken by this process's run, and those of them that could not be read.
         hyperparameters: arguments that are not the default.
         curve, samples: files beside the card.
@@ -98,6 +99,7 @@ class TrainingFacts:
     precision: str
     seed: int
     evaluations: Sequence[Evaluation] = ()
+    began_with: str | None = None
     num_videos: int = 0
     num_skipped: int = 0
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..data.files import write_atomically
 from ..hub_cards import GENERATED, model_card
 from ..video import VideoError
-from .card import collect_facts
+from .card import collect_facts, describe_checkpoint
 from .curve import CURVE_FILE, draw_learning_curve
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ class ModelCardCallback(TrainerCallback):
     def __init__(self, trainer: Video2LoraTrainer, train_dataset: Any, eval_dataset: Any) -> None:
         self.trainer = trainer
         self.sources = {"train": train_dataset, "eval": eval_dataset}
+        self.began_with = describe_checkpoint(trainer.accelerator.unwrap_model(trainer.model))
         self.first_step = 0
         self._started: float | None = None
         self._finished: float | None = None

@@ -53,6 +53,7 @@ def collect_facts(trainer: Video2LoraTrainer, card: ModelCardCallback) -> Traini
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         seed=args.seed,
         evaluations=[Evaluation(name, points) for name, points in eval_losses(state.log_history).items()],
+        began_with=card.began_with,
         num_videos=trainer.num_videos,
         num_skipped=trainer.num_skipped,
         hyperparameters=non_default_arguments(args),
@@ -60,6 +61,18 @@ def collect_facts(trainer: Video2LoraTrainer, card: ModelCardCallback) -> Traini
         samples=f"samples/{samples[-1].name}" if samples else None,
         versions=_versions(),
     )
+
+
+def describe_checkpoint(model: Any) -> str | None:
+    """Where a model's weights were loaded from: a Hub id at its commit, a folder by its name; `None` if they are new.
+
+    To be asked before training, which forgets the commit.
+    """
+    if not model.name_or_path:
+        return None
+    name, hub_id = _source_name(model.name_or_path)
+    commit = f" at `{model.checkpoint_commit}`" if hub_id and model.checkpoint_commit else ""
+    return f"`{name}`{commit}"
 
 
 def describe_data(dataset: Any, source: Any = None) -> DataFacts | None:
