@@ -68,8 +68,9 @@ def main() -> None:
     if trainer.state.global_step >= options.steps:
         trainer.save_model()
         if trainer.is_world_process_zero():
-            runs = [*history(options.start_from), {"steps": options.steps, "clips": options.batch_size * made.world_size}]
-            (options.output / HISTORY).write_text(json.dumps(runs), encoding="utf-8")
+            run = {"steps": options.steps, "clips": options.batch_size * made.world_size}
+            runs = json.dumps([*history(options.start_from), run])
+            (options.output / HISTORY).write_text(runs, encoding="utf-8")
         if options.validation:  # behind what must not be lost
             trainer.evaluate()
             trainer.save_model()  # its card tells of it
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def history(folder: Path | None) -> list[dict[str, int]]:
-    """Steps, and clips a step, of the runs that made a model's weights, the last one last; none if nobody wrote them."""
+    """Steps, and clips a step, of the runs that made a model's weights, in order; none if nobody wrote them."""
     file = folder / HISTORY if folder else None
     return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else []
 

@@ -85,6 +85,9 @@ def test_the_model_in_the_box_is_asked_in_words_that_it_knows(
     assert demo.QUESTIONS[0] not in result.stdout
     asked = run("demo", clip, "--max-new-tokens", 2, "--question", QUESTION)
     assert QUESTION in asked.stdout and demo.SHAPES_QUESTIONS[0] not in asked.stdout
+    named = run("demo", clip, "-m", model_dir, "--max-new-tokens", 2)  # the very same
+    assert demo.SHAPES_QUESTIONS[0] in named.stdout and demo.ONLY_SHAPES in named.stdout
+    monkeypatch.setattr(demo, "_trained_example", lambda: str(model_dir.parent))
     own = run("demo", clip, "-m", model_dir, "--max-new-tokens", 2)
     assert demo.QUESTIONS[0] in own.stdout and demo.ONLY_SHAPES not in own.stdout
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +191,32 @@ def test_bad_input_is_one_line_and_nothing_written(run: Run, bench: Bench, case:
     for part in named:
         assert part in line
     assert sorted(bench.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ask", "./no/adapter", "What?"),
+        ("inspect", "./no/adapter"),
+        ("compose", "./no/adapter", "./no/other", "-o", "out"),
+        ("internalize", "clip.mp4", "-m", "./no/adapter", "-o", "out"),
+        ("demo", "-m", "./no/adapter"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_path_that_is_not_there_is_said_before_torch_is_imported(command: tuple[str, ...], tmp_path: Path) -> None:
+    lines = [
+        "import sys",
+        "from _video2lora_cli import main",
+        f"sys.argv = {['video2lora', *command]!r}",
+        "try:",
+        "    main()",
+        "finally:",
+        "    assert not {'torch', 'transformers', 'av'} & set(sys.modules)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "./no/adapter is not there" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_hypernetwork_that_lost_a_tensor(run: Run, bench: Bench) -> None:

@@ -122,6 +122,17 @@ def test_resuming_ends_where_a_run_never_stopped_does(run: Callable[..., Any], c
     assert again.exit_code == 0 and "no checkpoint" in again.stderr
 
 
+def test_a_checkpoint_that_a_kill_cut_short_is_no_earlier_run(
+    run: Callable[..., Any], config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    done = run("train", config, "--set", "training.eval_strategy=no")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    again = run("train", config)
+    assert again.exit_code == 2 and "out holds an earlier run (checkpoint-2)" in again.stderr
+
+
 def test_a_checkpoint_is_trained_further(
     run: Callable[..., Any], config: Path, model_dir: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from video2lora.hub_cards import GENERATED
 from video2lora.modeling import Video2LoraModel
 from video2lora.testing import tiny_clip
 from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments, callbacks
+from video2lora.trainer import trainer as trainer_module
 from video2lora.trainer.callbacks import SamplesCallback, markdown_table
 from video2lora.trainer.card import describe_data, non_default_arguments
 from video2lora.trainer.curve import draw_learning_curve, eval_losses, logged
@@ -312,6 +313,12 @@ def test_the_card_tells_which_weights_the_run_began_with(make: Any, tmp_path: Pa
     card = tmp_path / "from_hub" / "README.md"
     make(model=model, output=card.parent.name).train()
     assert f"the weights of `somebody/kitchen` at `{'0' * 40}` |" in card.read_text(encoding="utf-8")
+
+
+def test_zero_3_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 cuts every weight"):
+        make()
 
 
 def test_metadata_is_valid_on_the_hub(make: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +40,12 @@ _EXPECTED = {
 
 class CommandError(ValueError):
     """What was asked of a command is not possible; the message says why and what to do."""
+
+
+def check_is_there(name: str, what: str = "") -> None:
+    """Raise `CommandError` for a path that is not there and cannot be a Hub id either."""
+    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name):
+        raise CommandError(f"{what}{name} is not there: give a directory or a Hub id.")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

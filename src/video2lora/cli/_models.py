@@ -16,7 +16,7 @@ from ..adapters.storage import PROVENANCE_FILE, locate
 from ..modeling import Video2LoraConfig, Video2LoraModel, Video2LoraProcessor
 from ..modeling.base import load_base, resolve_commit
 from ..pipelines import VideoToLoraPipeline
-from ._errors import CommandError, about, one_line
+from ._errors import CommandError, about, check_is_there, one_line
 from ._options import torch_device
 from ._output import directory_bytes, note
 
@@ -197,12 +197,6 @@ def _named_base(name: str, config: Video2LoraConfig) -> tuple[str, str | None]:
 
 def _at(revision: str | None) -> dict[str, Any]:
     return {} if revision is None else {"revision": revision}
-
-
-def check_is_there(name: str, what: str = "") -> None:
-    """Raise `CommandError` for a path that is not there and cannot be a Hub id either."""
-    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name):
-        raise CommandError(f"{what}{name} is not there: give a directory or a Hub id.")
 
 
 def model_bytes(directory: Path) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._errors import CommandError
+from ._errors import CommandError, check_is_there
 from ._options import Device, Json
 from ._output import print_json
 from ._terminal import printable
@@ -44,6 +44,9 @@ def ask(
         raise CommandError("there is no question: give one or more, `-` to read them from stdin, or --interactive.")
     if max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens must be at least 1, got {max_new_tokens}.")
+    check_is_there(adapter, "the adapter ")  # before the seconds that importing torch takes
+    if base is not None:
+        check_is_there(base, "the base model ")
     from ..adapters import VideoAdapter
     from ._models import load_base_of
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._errors import CommandError
+from ._errors import CommandError, check_is_there
 from ._options import Dtype, DtypeOption, Json, Layout, LayoutOption, Output, Overwrite, torch_dtype
 from ._output import check_output, directory_bytes, human_bytes, print_fields, print_json
 
@@ -30,6 +30,8 @@ def compose(
 ) -> None:
     """Put several adapters of one base and one hypernetwork into one, the static part counted once."""
     factors = None if weights is None else _factors(weights)
+    for name in adapters:
+        check_is_there(name, "the adapter ")
 
     def replaceable(directory: Path) -> bool:
         from ..adapters.storage import is_replaceable

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._errors import check_is_there
 from ._options import Device, Json
 from ._output import check_output, directory_bytes, human_bytes, print_json, print_table, removed_on_failure
 from ._terminal import printable
@@ -77,6 +78,8 @@ def demo(
     and otherwise a tiny random model. Without VIDEO it writes an H.264 clip of moving shapes and asks about that; a
     trained model's answers are marked: right is what is right word for word.
     """
+    if model is not None:
+        check_is_there(model)
     if output is not None:
         check_output(output)
     if video is not None:
@@ -114,8 +117,10 @@ def _run(
 ) -> dict[str, Any]:
     from ._models import load_pipeline
 
-    box = None if model else _trained_example()
+    box = _trained_example()
     trained = model or box
+    if box and trained and Path(trained).resolve() != Path(box).resolve():
+        box = None  # somebody's own model
     pipeline = load_pipeline(trained or str(_random_checkpoint(folder)), device=device)
     if box:
         # eight million parameters: there is nothing to gain from merging an adapter into rounded weights

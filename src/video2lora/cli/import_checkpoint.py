@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._errors import CommandError, about
+from ._errors import CommandError, about, check_is_there
 from ._options import Json, Output, Overwrite
 from ._output import check_output, directory_bytes, human_bytes, note, print_fields, print_json
 
@@ -41,12 +41,11 @@ def import_checkpoint(
     check_output(output, overwrite=overwrite, replaceable=replaceable, kind="a video2lora checkpoint")
     if not file.exists():
         raise CommandError(f"{file} is not there: give the `.pt` file of a hypernetwork.")
-    from ..adapters.directories import new_directory
-    from ..modeling import Video2LoraModel, Video2LoraProcessor
-    from ._models import check_is_there
-
     if base is not None:
         check_is_there(base, "the base model ")
+    from ..adapters.directories import new_directory
+    from ..modeling import Video2LoraModel, Video2LoraProcessor
+
     sampling = {
         "num_frames": num_frames,
         "longest_edge": longest_edge,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._errors import CommandError, about
+from ._errors import CommandError, about, check_is_there
 from ._options import Json
 from ._output import directory_bytes, human_bytes, print_fields, print_json, print_table, sparkline
 
@@ -22,6 +22,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what an adapter or a checkpoint holds; every file of an adapter is checked."""
+    check_is_there(name)
     directory = _adapter_directory(name, revision)
     if directory is not None:
         from ..adapters import VideoAdapter

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from ._errors import CommandError
+from ._errors import CommandError, check_is_there
 from ._options import Device, Dtype, DtypeOption, Json, Layout, LayoutOption, Output, Overwrite, torch_dtype
 from ._output import check_output, directory_bytes, human_bytes, print_fields, print_json, print_table, progress
 from ._processes import process_state
@@ -74,6 +74,7 @@ def internalize(
     A folder, JSONL file or dataset is a bulk run: OUTPUT gets an adapter of each video and index.jsonl, bad files are
     skipped, and the same command goes on where it was stopped. On several GPUs: accelerate launch -m video2lora ...
     """
+    check_is_there(model)
     sampling: dict[str, Any] = {
         "num_frames": num_frames,
         "fps": fps,

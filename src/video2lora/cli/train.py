@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._errors import CommandError, about
+from ._errors import CommandError, about, check_is_there
 from ._output import note, print_fields
 from ._terminal import printable
 
@@ -87,10 +87,10 @@ def _where_to_start(output_dir: Path, resume: bool, main: bool) -> str | None:
     from ..trainer.checkpoints import last_complete_checkpoint
 
     if not resume:
-        earlier = [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors")]
+        earlier = last_complete_checkpoint(output_dir) or next(output_dir.glob("model*.safetensors"), None)
         if earlier:
             raise CommandError(
-                f"{output_dir} holds an earlier run ({earlier[0].name}): pass --resume to go on with it, or choose "
+                f"{output_dir} holds an earlier run ({Path(earlier).name}): pass --resume to go on with it, or choose "
                 "another training.output_dir."
             )
         return None
@@ -229,7 +229,7 @@ def _model(run: RunFile, main: bool) -> tuple[Any, Any]:
     """The model, and its processor where a checkpoint has one."""
     from ..modeling import Video2LoraModel, Video2LoraProcessor
     from ..modeling.processor import SETTINGS
-    from ._models import check_is_there, load_config
+    from ._models import load_config
 
     options = {key: run.model[key] for key in ("dtype", "attn_implementation") if run.model.get(key) is not None}
     revision, fields = run.model.get("revision"), run.config_fields

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
 
@@ -76,6 +77,11 @@ class Video2LoraTrainer(Trainer):
         processing_class: Video2LoraProcessor | None = None,
         **kwargs: Any,
     ) -> None:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed's ZeRO-3 cuts every weight of the base into pieces, which passes through single layers of "
+                "it do not put together: train with DDP or FSDP instead (docs/training.md)."
+            )
         self.processor = processing_class or _processor_of(model)
         options: dict[str, Any] = {"seed": args.seed, "online_teacher": args.teacher == "online"}
         options["pixel_dtype"] = model.vlm.dtype
