@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
-from video2lora.data.moving_shapes import MovingShapes, vocabulary_texts
+from video2lora.data.moving_shapes import MovingShapes, caption, vocabulary_texts
 from video2lora.data.moving_shapes.dataset import SceneClip
 from video2lora.trainer import Video2LoraTrainer
 from video2lora.trainer.collator import Video2LoraCollator
@@ -183,13 +183,18 @@ def test_every_way_to_cut_a_clip_has_the_ordinary_prompt(recipe, processor):
 
 
 def test_rows_that_are_drawn_later_are_the_benchmarks(recipe):
-    clips = recipe["clips"].FormedClips(1, seed=3, queries_per_video=4)
-    for index in (0, 5, 11):
+    clips, fuller = recipe["clips"].FormedClips(1, plain=6, seed=3, queries_per_video=4), []
+    for index in (0, 5, *range(6, 30)):
         row = clips[index]
         length = row.pop("form").seconds
-        wanted = MovingShapes("train", 10**6, num_frames=length, seed=3, queries_per_video=4)[index]
+        shapes = MovingShapes("train", 10**6, num_frames=length, seed=3, queries_per_video=4)
+        if index >= 6:  # of two scenes the one of which more is to be said
+            number = max(2 * index, 2 * index + 1, key=lambda i: len(caption(shapes.scene(i))))
+            fuller.append(number % 2)
+        wanted = shapes[index if index < 6 else number]
         assert {**row, "video": None} == {**wanted, "video": None}
         assert (row["video"].__array__() == wanted["video"]).all()
+    assert 0 < sum(fuller) < len(fuller)
 
 
 def test_a_workers_copy_makes_the_same_batch(recipe, processor):

@@ -23,7 +23,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
-from video2lora.data.moving_shapes import NUM_SLOTS, MovingShapes, Scene, SceneBatch, draw, frame_times
+from video2lora.data.moving_shapes import (
+    NUM_SLOTS,
+    MovingShapes,
+    Scene,
+    SceneBatch,
+    caption,
+    draw,
+    frame_times,
+)
 from video2lora.data.moving_shapes.dataset import SceneClip
 from video2lora.data.moving_shapes.scenes import slots_at
 from video2lora.modeling.processor import IGNORE_INDEX
@@ -41,6 +49,13 @@ class SceneClips(MovingShapes):
 
     def video(self, scene: Scene) -> Any:
         return SceneClip(scene, self.num_frames, self.pixels)
+
+
+class FullerSceneClips(SceneClips):
+    """Rows of which each is the fuller of two, whose caption is longer: what is learnt last is wrong in these."""
+
+    def scene(self, index: int) -> Scene:
+        return max((super(FullerSceneClips, self).scene(2 * index + i) for i in (0, 1)), key=lambda s: len(caption(s)))
 
 
 # --- forms -----------------------------------------------------------------------------------------------------------
@@ -70,7 +85,8 @@ class FormedClips(Dataset):
 
     Args:
         block: rows of one form: a batch of all processes together.
-        plain: blocks at the start that have the usual form, with which most is learnt soonest.
+        plain: blocks at the start that have the usual form, with which most is learnt soonest; in all later ones a
+            row's scene is the fuller of two.
         composition: see [`draw_form`].
         in_turn: tasks of which each block asks one, besides `tasks`.
         tasks, options: of [`MovingShapes`].
@@ -98,7 +114,7 @@ class FormedClips(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         block = index // self.block
         form, turn = self.form(block), block % max(1, len(self.in_turn))
-        return self._clips(form.seconds, turn)[index] | {"form": form}
+        return self._clips(form.seconds, turn, block >= self.plain)[index] | {"form": form}
 
     @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the process
     def form(self, block: int) -> Form:
@@ -108,9 +124,10 @@ class FormedClips(Dataset):
         return draw_form(random.Random(f"{self.seed}/form/{block}"), self.composition)
 
     @lru_cache(maxsize=256)  # noqa: B019
-    def _clips(self, seconds: int, turn: int) -> SceneClips:
+    def _clips(self, seconds: int, turn: int, fuller: bool) -> SceneClips:
         tasks = self.tasks if self.tasks is None else [*self.tasks, *self.in_turn[turn : turn + 1]]
-        return SceneClips("train", ENDLESS, num_frames=seconds, seed=self.seed, tasks=tasks, **self.options)
+        made = FullerSceneClips if fuller else SceneClips
+        return made("train", ENDLESS, num_frames=seconds, seed=self.seed, tasks=tasks, **self.options)
 
 
 # --- what frames show ------------------------------------------------------------------------------------------------
