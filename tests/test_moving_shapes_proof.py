@@ -297,6 +297,13 @@ def test_claims_fail_where_they_do_and_say_it(recipe, made_up, page):
         assert f"({plot}.png)" in page and made_up.with_name(f"{plot}.png").exists()
 
 
+def test_what_is_not_shown_is_no_failure(recipe):
+    claim = recipe.proof_numbers.Claim
+    assert claim("", True, "").verdict == "PASS" and claim("", None, "").verdict == "open"
+    assert claim("", False, "", ["a"]).verdict == "**FAIL**"
+    assert claim("", False, "", ["a"], refuted=False).verdict == "not shown"
+
+
 def test_the_prior_is_what_the_best_guess_gets(recipe):
     numbers = recipe.proof_numbers
     assert numbers.kind("how many red stars are there?") == "how many COLOUR SHAPE are there?"

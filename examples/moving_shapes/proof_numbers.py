@@ -63,16 +63,20 @@ class Claim:
         holds: None where it was not run, or nothing can be said.
         told: the numbers in a line.
         failures: what of it does not hold, if anything.
+        refuted: of a claim that does not hold: whether the numbers say otherwise, not only too little.
     """
 
     what: str
     holds: bool | None
     told: str
     failures: list[str] = field(default_factory=list)
+    refuted: bool = True
 
     @property
     def verdict(self) -> str:
-        return {True: "PASS", False: "**FAIL**", None: "not run" if self.told == NOT_RUN else "open"}[self.holds]
+        if self.holds is None:
+            return "not run" if self.told == NOT_RUN else "open"
+        return "PASS" if self.holds else "**FAIL**" if self.refuted else "not shown"
 
 
 class Numbers:

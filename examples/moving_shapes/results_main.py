@@ -47,7 +47,8 @@ def inferiority_claims(run: Numbers, title: str) -> list[Claim]:
             f"({task_name(worst)})"
         )
         what = f"{title}: adapter non-inferior to video in context at {MARGIN} on {kind}"
-        claims.append(Claim(what, not failures, told, failures))
+        refuted = any(effects[task].interval[1] < -MARGIN for task in tasks)
+        claims.append(Claim(what, not failures, told, failures, refuted))
     return claims
 
 
@@ -64,17 +65,17 @@ def control_claims(run: Numbers) -> list[Claim]:
 
 def _not_above(run: Numbers, condition: str, references: dict[str, np.ndarray]) -> Claim:
     """A condition is nowhere better than the better of its references by the margin or more."""
-    failures, largest = [], -np.inf
+    failures, largest, refuted = [], -np.inf, False
     for task in run.tasks:
         kept = run.of_task(task)
         name = max(references, key=lambda name: np.nan_to_num(mean(references[name][kept]), nan=-1.0))
         effect = run.against(run.scores(condition), references[name], kept)
-        largest = max(largest, effect.effect)
+        largest, refuted = max(largest, effect.effect), refuted or effect.interval[0] > MARGIN
         if not effect.interval[1] < MARGIN:
             failures.append(f"{task_name(task)}: {effect.candidate_mean:.3f}, {name} {effect.baseline_mean:.3f}, "
                             f"difference {difference(effect)}")  # fmt: skip
     what = f"12 frames: {pretty(condition)} not better than {' or '.join(references)} by {MARGIN} on any task"
-    return Claim(what, not failures, f"{largest:+.3f} at most", failures)
+    return Claim(what, not failures, f"{largest:+.3f} at most", failures, refuted)
 
 
 def caption_claims(run: Numbers) -> list[Claim]:
