@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ def truncate(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float]:
     """The best approximation of every layer's change at a lower rank (Eckart-Young), for a batch of one.
 
     `lora_B^T lora_A = Q_b (R_b R_a^T) Q_a^T` with a QR decomposition of each factor, then an SVD of the small core, in
-    float64. Singular values are shared equally between the factors.
+    float64; where the rank is no smaller than a side of the change, the SVD of the change itself. Layer by layer: all
+    at once would take gigabytes for an adapter of many chunks. Singular values are shared equally between the factors.
 
     Returns:
         The weights at `rank`, with no static part of their own, and the relative error in the Frobenius norm over all
@@ -49,20 +50,35 @@ def truncate(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float]:
     """
     lora_A, lora_B = {}, {}
     lost = total = 0.0
-    for name, a in weights.lora_A.items():
-        q_b, r_b = torch.linalg.qr(weights.lora_B[name].double().mT)  # [1, layers, d_out, rank]
-        q_a, r_a = torch.linalg.qr(a.double().mT)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        lost += s[..., rank:].square().sum().item()
-        total += s.square().sum().item()
-        root = s[..., :rank].sqrt()
-        new_a = root[..., None] * (vh[..., :rank, :] @ q_a.mT)
-        new_b = root[..., None] * (q_b @ u[..., :rank]).mT
-        missing = rank - root.shape[-1]  # a layer may be narrower than the rank
-        lora_A[name] = pad(new_a, (0, 0, 0, missing)).to(a.dtype)
-        lora_B[name] = pad(new_b, (0, 0, 0, missing)).to(a.dtype)
+    for name in weights.lora_A:
+        new_a, new_b = [], []
+        for a, b in _layers(weights, name):
+            u, s, vh = _svd(a, b)
+            lost += s[rank:].square().sum().item()
+            total += s.square().sum().item()
+            root = s[:rank, None].sqrt()
+            missing = (0, 0, 0, rank - len(root))  # a layer may be narrower than the rank
+            new_a.append(pad(root * vh[:rank], missing).to(weights.lora_A[name]))
+            new_b.append(pad(root * u[:, :rank].mT, missing).to(weights.lora_B[name]))
+        lora_A[name], lora_B[name] = torch.stack(new_a)[None], torch.stack(new_b)[None]
     error = (lost / total) ** 0.5 if total else 0.0
     return LoraWeights(lora_A, lora_B, 1.0, (rank,), 0), error
+
+
+def _layers(weights: LoraWeights, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The factors of each layer, `[rank, d_in]` and `[rank, d_out]`, in float64, of a batch of one."""
+    for a, b in zip(weights.lora_A[name][0], weights.lora_B[name][0], strict=True):
+        yield a.double(), b.double()
+
+
+def _svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of `b^T a`."""
+    if len(a) >= min(a.shape[1], b.shape[1]):
+        return torch.linalg.svd(b.mT @ a, full_matrices=False)
+    q_b, r_b = torch.linalg.qr(b.mT)
+    q_a, r_a = torch.linalg.qr(a.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    return q_b @ u, s, vh @ q_a.mT
 
 
 def keep_ranks(weights: LoraWeights, ranks: Sequence[int]) -> LoraWeights:
@@ -139,10 +155,9 @@ def _relative_error(old: LoraWeights, new: LoraWeights) -> float:
     """Frobenius norm of the difference of two changes over that of the first, without forming either."""
     lost = total = 0.0
     for name in old.lora_A:
-        a, b = old.lora_A[name].double(), old.lora_B[name].double()
-        difference_a = torch.cat([a, new.lora_A[name].double()], dim=2)
-        difference_b = torch.cat([b, -new.lora_B[name].double()], dim=2)
-        # |B^T A|^2 = sum of (B B^T) * (A A^T)
-        lost += ((difference_b @ difference_b.mT) * (difference_a @ difference_a.mT)).sum().item()
-        total += ((b @ b.mT) * (a @ a.mT)).sum().item()
+        for (a, b), (new_a, new_b) in zip(_layers(old, name), _layers(new, name), strict=True):
+            difference_a, difference_b = torch.cat([a, new_a]), torch.cat([b, -new_b])
+            # |B^T A|^2 = sum of (B B^T) * (A A^T)
+            lost += ((difference_b @ difference_b.mT) * (difference_a @ difference_a.mT)).sum().item()
+            total += ((b @ b.mT) * (a @ a.mT)).sum().item()
     return (max(lost, 0.0) / total) ** 0.5 if total else 0.0
