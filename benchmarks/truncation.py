@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    pipe = pipeline("video-to-lora", model=str(options.checkpoint), num_frames=12)
+    pipe = pipeline("video-to-lora", model=str(options.checkpoint), num_frames=12, device="cpu")
     pipe.model.vlm.float()
     shapes = MovingShapes("test", options.clips, num_frames=FRAMES, tasks=[t for t in TASKS if t not in NEVER_ASKED])
     found = [row for chunks in CHUNKS for row in measure(pipe, shapes, chunks)]
@@ -60,7 +60,8 @@ def measure(pipe: Any, shapes: MovingShapes, chunks: int) -> list[dict[str, Any]
     adapters = [pipe(row["video"], **split) for row in tqdm(rows, disable=None, desc=f"{chunks} chunks")]
     full = adapters[0].rank
     found = []
-    for rank, apart in tqdm(list(ways(full, chunks)), disable=None, desc=f"{chunks} chunks, truncated"):
+    static = adapters[0].static_rank
+    for rank, apart in tqdm(list(ways(full, static, chunks)), disable=None, desc=f"{chunks} chunks, truncated"):
         pairs = [adapter.truncate(rank, keep_segments=apart) for adapter in adapters]
         right = answered(pipe, rows, [adapter for adapter, _ in pairs])
         row = {"chunks": chunks, "rank": rank, "full_rank": full, "keep_segments": apart}
@@ -68,11 +69,11 @@ def measure(pipe: Any, shapes: MovingShapes, chunks: int) -> list[dict[str, Any]
     return found
 
 
-def ways(full: int, chunks: int) -> Iterator[tuple[int, bool]]:
+def ways(full: int, static: int, chunks: int) -> Iterator[tuple[int, bool]]:
     yield full, False
     for rank in CHUNKS[chunks]:
         yield rank, False
-        if chunks > 1 and rank >= chunks + 8:  # the part common to all videos has rank 8
+        if chunks > 1 and rank >= chunks + static:  # the part common to all videos is kept
             yield rank, True
 
 

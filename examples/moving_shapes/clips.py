@@ -126,8 +126,8 @@ class FormedClips(Dataset):
     @lru_cache(maxsize=256)  # noqa: B019
     def _clips(self, seconds: int, turn: int, fuller: bool) -> SceneClips:
         tasks = self.tasks if self.tasks is None else [*self.tasks, *self.in_turn[turn : turn + 1]]
-        made = FullerSceneClips if fuller else SceneClips
-        return made("train", ENDLESS, num_frames=seconds, seed=self.seed, tasks=tasks, **self.options)
+        made, size = (FullerSceneClips, 2 * ENDLESS) if fuller else (SceneClips, ENDLESS)
+        return made("train", size, num_frames=seconds, seed=self.seed, tasks=tasks, **self.options)
 
 
 # --- what frames show ------------------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def head(declared: dict[str, Any], claims: Sequence[Claim], missing: Sequence[st
         f"12 frames; a composed one keeps {declared['kept']:.0%} of the whole video's; the VLM itself answers "
         f"{declared['learnt']:.0%}. Alpha {declared['alpha']} for each one-sided test, 95 % intervals, Holm's "
         "correction where several tasks are claimed together. FAIL: the numbers say otherwise; not shown: they say "
-        "too little, the interval reaching over the margin. Answers are generated greedily and compared as a whole; "
+        "too little, the interval reaching over the margin; measured: by the number itself, as are what the VLM "
+        "answers and facts of captions. Answers are generated greedily and compared as a whole; "
         "every clip is held out. Written by `python prove.py report` from the records of all answers."
     )
     rows = [[claim.what, claim.verdict, claim.told] for claim in claims]

@@ -131,8 +131,8 @@ def composition_claims(run: Numbers) -> list[Claim]:
             if mine < KEPT * whole:
                 failures.append(f"{task_name(task)}: {mine:.3f} of {whole:.3f}, {mine / whole:.1%}")
         what = f"Composition, {what_is_asked(run)}: {pretty(name)} keep {KEPT:.0%} of the whole video's adapter"
-        holds = None if np.isnan(effect.retention) else effect.retention >= KEPT
-        claims.append(Claim(what, holds, told, failures))
+        holds = None if np.isnan(effect.retention) else bool(low >= KEPT)
+        claims.append(Claim(what, holds, told, failures, refuted=bool(high < KEPT)))
     return claims
 
 

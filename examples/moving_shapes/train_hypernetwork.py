@@ -64,13 +64,13 @@ def main() -> None:
         processing_class=processor,
         callbacks=[StopAfter(options.minutes)],
     )
+    if trainer.is_world_process_zero() and not (options.output / HISTORY).exists():  # else it goes on
+        run = {"steps": options.steps, "clips": options.batch_size * made.world_size}
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / HISTORY).write_text(json.dumps([*history(options.start_from), run]), encoding="utf-8")
     trainer.train(resume_from_checkpoint=any(options.output.glob("checkpoint-*")))
     if trainer.state.global_step >= options.steps:
         trainer.save_model()
-        if trainer.is_world_process_zero():
-            run = {"steps": options.steps, "clips": options.batch_size * made.world_size}
-            runs = json.dumps([*history(options.start_from), run])
-            (options.output / HISTORY).write_text(runs, encoding="utf-8")
         if options.validation:  # behind what must not be lost
             trainer.evaluate()
             trainer.save_model()  # its card tells of it
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def history(folder: Path | None) -> list[dict[str, int]]:
-    """Steps, and clips a step, of the runs that made a model's weights, in order; none if nobody wrote them."""
+    """Steps, and clips a step at most, of the runs that made a model's weights, in order; none if not written."""
     file = folder / HISTORY if folder else None
     return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else []
 

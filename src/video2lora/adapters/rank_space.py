@@ -49,24 +49,26 @@ def truncate(weights: LoraWeights, rank: int) -> tuple[LoraWeights, float]:
         layers and modules: sqrt(sum of squares lost / sum of squares); 0 for an adapter that changes nothing.
     """
     lora_A, lora_B = {}, {}
-    lost = total = 0.0
+    lost = total = torch.zeros((), dtype=torch.float64, device=weights.device)
     for name in weights.lora_A:
         new_a, new_b = [], []
         for a, b in _layers(weights, name):
             u, s, vh = _svd(a, b)
-            lost += s[rank:].square().sum().item()
-            total += s.square().sum().item()
+            lost = lost + s[rank:].square().sum()  # read once, at the end: a GPU need not be waited for
+            total = total + s.square().sum()
             root = s[:rank, None].sqrt()
             missing = (0, 0, 0, rank - len(root))  # a layer may be narrower than the rank
             new_a.append(pad(root * vh[:rank], missing).to(weights.lora_A[name]))
             new_b.append(pad(root * u[:, :rank].mT, missing).to(weights.lora_B[name]))
         lora_A[name], lora_B[name] = torch.stack(new_a)[None], torch.stack(new_b)[None]
-    error = (lost / total) ** 0.5 if total else 0.0
+    error = float((lost / total).sqrt()) if total else 0.0
     return LoraWeights(lora_A, lora_B, 1.0, (rank,), 0), error
 
 
 def _layers(weights: LoraWeights, name: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The factors of each layer, `[rank, d_in]` and `[rank, d_out]`, in float64, of a batch of one."""
+    if len(weights.lora_A[name]) != 1:
+        raise AdapterError(f"expected the weights of one adapter, got a batch of {len(weights.lora_A[name])}.")
     for a, b in zip(weights.lora_A[name][0], weights.lora_B[name][0], strict=True):
         yield a.double(), b.double()
 

@@ -44,7 +44,11 @@ class CommandError(ValueError):
 
 def check_is_there(name: str, what: str = "") -> None:
     """Raise `CommandError` for a path that is not there and cannot be a Hub id either."""
-    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name):
+    try:
+        there = Path(name).exists()
+    except OSError:  # too long for a name
+        there = False
+    if not there and (not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name):
         raise CommandError(f"{what}{name} is not there: give a directory or a Hub id.")
 
 

@@ -93,6 +93,10 @@ def _where_to_start(output_dir: Path, resume: bool, main: bool) -> str | None:
                 f"{output_dir} holds an earlier run ({Path(earlier).name}): pass --resume to go on with it, or choose "
                 "another training.output_dir."
             )
+        cut_short = sorted(path.name for path in output_dir.glob("checkpoint-*"))
+        if cut_short and main:
+            names = ", ".join(cut_short)
+            note(f"{output_dir} holds {names}, not written to the end: what gets the same name is replaced")
         return None
     checkpoint = last_complete_checkpoint(output_dir)
     if main:

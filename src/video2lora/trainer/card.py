@@ -128,7 +128,7 @@ def _source_name(source: Any) -> tuple[str | None, str | None]:
     on_hub = isinstance(source, str) and text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if on_hub and not os.path.exists(text):
         return text, text
-    return Path(text).name, None
+    return Path(text).resolve().name, None
 
 
 def _describe_evals(datasets: Any, sources: Any) -> dict[str, DataFacts]:
