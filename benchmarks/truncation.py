@@ -31,7 +31,7 @@ NEVER_ASKED = ("existence", "size")  # in the hypernetwork's training
 LONG = ("caption", "summary")
 FRAMES = 96
 CHUNKS = {1: (14, 12, 10, 8, 6, 4), 2: (20, 16, 14, 12, 10, 8), 4: (32, 24, 20, 16, 12, 8), 8: (56, 40, 32, 24, 16, 8)}
-HEADER = ["chunks", "rank", "segments kept apart", "error", "short questions", "of all there were", "captions"]
+HEADER = ["chunks", "rank", "of its own", "segments kept apart", "error", "short questions", "captions"]
 
 
 def main() -> None:
@@ -70,6 +70,7 @@ def measure(pipe: Any, shapes: MovingShapes, chunks: int) -> list[dict[str, Any]
 
 
 def ways(full: int, static: int, chunks: int) -> Iterator[tuple[int, bool]]:
+    """Each rank to truncate to, its own first, and whether segments are kept apart."""
     yield full, False
     for rank in CHUNKS[chunks]:
         yield rank, False
@@ -79,7 +80,7 @@ def ways(full: int, static: int, chunks: int) -> Iterator[tuple[int, bool]]:
 
 @torch.no_grad()
 def answered(pipe: Any, rows: list[dict[str, Any]], adapters: list[VideoAdapter]) -> dict[str, float]:
-    """Share of right answers, of short questions and of captions."""
+    """Share of right answers to short questions, summaries and captions, and how many short questions there were."""
     model, processor = pipe.model, pipe.processor
     asked = [(query, adapter) for row, adapter in zip(rows, adapters, strict=True) for query in row["queries"]]
     right: dict[str, list[float]] = {"short": [], "caption": [], "summary": []}
@@ -104,16 +105,16 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [
         str(row["chunks"]),
         str(row["rank"]),
+        f"{share:.0%}",
         apart,
         f"{row['error']:.3f}",
         f"{row['short']:.3f}",
-        f"{share:.0%}",
         f"{row['caption']:.3f}",
     ]
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against the share of the rank that is kept, a panel for each number of chunks."""
+    """Accuracy against the rank that is kept, a panel for each number of chunks."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -22,6 +22,7 @@ from video2lora.adapters import (
     VideoAdapter,
     compose_adapters,
     extract_text_model,
+    rank_space,
 )
 from video2lora.modeling.lora import stack_lora
 from video2lora.modeling.targets import base_fingerprint, resolve_targets
@@ -402,6 +403,22 @@ def test_truncation_is_exact_where_nothing_is_lost(make_adapter):
     truncated, error = wide.truncate(75)
     assert error < 1e-7
     torch.testing.assert_close(total_change(truncated), total_change(wide), rtol=1e-5, atol=1e-5)
+
+
+def test_more_ranks_than_rows_are_cut_as_well_as_possible(make_adapter):
+    wide = make_adapter(1, modules=("down_proj",), rank=70, static_rank=10)
+    truncated, error = wide.truncate(9)
+    singular = torch.linalg.svdvals(total_change(wide))
+    best = singular[:, 9:].square().sum().sqrt() / singular.square().sum().sqrt()
+    assert error == pytest.approx(best.item(), rel=1e-9)
+    lost = (total_change(wide) - total_change(truncated)).norm() / total_change(wide).norm()
+    assert lost.item() == pytest.approx(error, rel=1e-5)
+
+
+def test_a_batch_of_adapters_is_not_truncated(vlm, random_weights):
+    one = random_weights(resolve_targets(vlm, ["down_proj"]), 0)
+    with pytest.raises(AdapterError, match="weights of one adapter, got a batch of 2"):
+        rank_space.truncate(stack_lora([one, one]), 2)
 
 
 def test_an_adapter_that_changes_nothing_truncates_to_nothing(vlm, random_weights):

@@ -219,6 +219,12 @@ def test_a_path_that_is_not_there_is_said_before_torch_is_imported(command: tupl
     assert "./no/adapter is not there" in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["", "./" + "x" * 300], ids=["empty", "too long"])
+def test_a_name_that_can_be_neither_path_nor_hub_id(name: str, run: Run) -> None:
+    done = run("ask", name, "What?")
+    assert done.exit_code == 2 and "is not there: give a directory or a Hub id" in done.stderr
+
+
 def test_a_hypernetwork_that_lost_a_tensor(run: Run, bench: Bench) -> None:
     directory = shutil.copytree(bench.model, bench.path / "model")
     weights = directory / "model.safetensors"

@@ -128,6 +128,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_no_earlier_run(
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
     done = run("train", config, "--set", "training.eval_strategy=no")
     assert done.exit_code == 0, done.stderr
+    assert "out holds checkpoint-1, not written to the end" in done.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
     again = run("train", config)
     assert again.exit_code == 2 and "out holds an earlier run (checkpoint-2)" in again.stderr

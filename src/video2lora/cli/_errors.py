@@ -45,7 +45,7 @@ class CommandError(ValueError):
 def check_is_there(name: str, what: str = "") -> None:
     """Raise `CommandError` for a path that is not there and cannot be a Hub id either."""
     try:
-        there = Path(name).exists()
+        there = bool(name) and Path(name).exists()
     except OSError:  # too long for a name
         there = False
     if not there and (not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name):

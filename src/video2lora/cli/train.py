@@ -96,7 +96,8 @@ def _where_to_start(output_dir: Path, resume: bool, main: bool) -> str | None:
         cut_short = sorted(path.name for path in output_dir.glob("checkpoint-*"))
         if cut_short and main:
             names = ", ".join(cut_short)
-            note(f"{output_dir} holds {names}, not written to the end: what gets the same name is replaced")
+            told = f"{output_dir} holds {names}, not written to the end: what gets the same name is replaced"
+            typer.echo(told, err=True)
         return None
     checkpoint = last_complete_checkpoint(output_dir)
     if main:
