@@ -7,7 +7,9 @@ the peak is that of the rest. What a longer video has more of is its adapter, wh
     python benchmarks/long_video.py [--size tiny|500M|2.2B] [--minutes 10 30 60] [--chunk-seconds 30] [--folder FOLDER]
 
 `tiny` is a random model of 64 channels, for the CPU: there decoding is all the work. The others have the true sizes,
-random weights and, with `--processor`, the base's own processor files. With `--folder` the videos are kept there.
+random weights and, with `--processor`, the base's own processor files. With `--unread` nothing is read: every chunk's
+adapter is random, at its true size, so that a CPU can measure what is kept and composed. With `--folder` the videos
+are kept there.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from sizes import build, table
 from transformers import AutoProcessor
 
 from video2lora import Video2LoraConfig, Video2LoraModel, Video2LoraProcessor, VideoToLoraPipeline
+from video2lora.modeling import LoraWeights
 from video2lora.testing import tiny_smolvlm
 
 WARM_UP_MINUTES = 2
@@ -52,7 +55,7 @@ class PeakMemory:
         self._thread.join()
 
 
-def make_pipeline(size: str, processor: Path | None) -> VideoToLoraPipeline:
+def make_pipeline(size: str, processor: Path | None, unread: bool) -> VideoToLoraPipeline:
     """A pipeline with random weights whose adapters change something; on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if size != "tiny":
@@ -67,15 +70,28 @@ def make_pipeline(size: str, processor: Path | None) -> VideoToLoraPipeline:
         model = Video2LoraModel(config, vlm=vlm).eval()
         for scaler in model.hypernetwork.scaler_B.values():
             torch.nn.init.normal_(scaler, std=0.02)
+    if unread:
+        model.generate_segments = lambda input_ids, **_: random_segments(model, len(input_ids))
     wrapped = Video2LoraProcessor.from_config(model.config, vlm_processor)
     return VideoToLoraPipeline(model=model, processor=wrapped, device=device)
+
+
+def random_segments(model: Video2LoraModel, count: int) -> LoraWeights:
+    """What so many chunks might have become."""
+    targets, rank = model.targets, model.hypernetwork.rank
+
+    def draw(sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+        layers = len(targets.layer_indices)
+        return {name: torch.randn(count, layers, rank, sizes[name]) for name in targets.paths}
+
+    return LoraWeights(draw(targets.in_features), draw(targets.out_features), 0.01, (rank,) * count)
 
 
 def internalize(arguments: argparse.Namespace, minutes: int) -> dict[str, float]:
     """What one length takes, in this process."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    pipe = make_pipeline(arguments.size, arguments.processor)
+    pipe = make_pipeline(arguments.size, arguments.processor, arguments.unread)
     options = {"chunk_seconds": arguments.chunk_seconds, "max_rank": arguments.max_rank}
     options |= {"batch_size": arguments.batch_size}
     pipe(str(arguments.folder / f"{WARM_UP_MINUTES}.mp4"), **options)
@@ -107,6 +123,7 @@ def main() -> None:
     parser.add_argument("--chunk-seconds", type=float, default=30.0)
     parser.add_argument("--max-rank", type=int)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--unread", action="store_true", help="a random adapter a chunk, in place of the model's")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # this process is to do this length
     arguments = parser.parse_args()
@@ -125,7 +142,8 @@ def main() -> None:
             print(json.dumps(result), flush=True)
             rows.append(result)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{arguments.size}, {where}, chunks of {arguments.chunk_seconds:g} s, torch {torch.__version__}")
+    what = f"{arguments.size}{', nothing read' if arguments.unread else ''}, {where}, torch {torch.__version__}"
+    print(f"{what}, chunks of {arguments.chunk_seconds:g} s, max_rank {arguments.max_rank}")
     header = [
         "minutes",
         "chunks",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -242,7 +244,8 @@ def test_the_table_claims_what_is_above_the_noise_and_no_more(modules, tmp_path)
     results.mkdir()
     for name, right in measured.items():
         (results / f"{name}.json").write_text(json.dumps({"accuracy": counts(right), **rest}))
-    (results / "base.json").write_text(json.dumps({"video in context": counts(950, ("whole",))}))
+    base = {"video in context": counts(950, ("whole",)), "no adapter": counts(100, ("whole",))}
+    (results / "base.json").write_text(json.dumps(base))
     (tmp_path / "prepared.json").write_text(json.dumps({"budget": {"steps": 800}}))
     modules.ablate_table.write_table(tmp_path, modules.ablate.VARIANTS, tmp_path / "ablations.md")
     page = (tmp_path / "ablations.md").read_text()
@@ -255,6 +258,11 @@ def test_the_table_claims_what_is_above_the_noise_and_no_more(modules, tmp_path)
     )
     assert "| default, 3 seeds |  | 0.900 ± 0.004 |" in page and "98,304 (197 kB)" in page
     assert "Of 12 comparisons 0.6 would do so by chance" in page
+    assert "hardly learnt" not in page
+    base["no adapter"]["whole"]["order"] = [851, 1000]
+    (told,) = modules.ablate_table.hardly_learnt([counts(900), counts(898)], base)
+    assert "hardly learnt order (0.899): less than 0.05 above" in told
+    assert modules.ablate_table.hardly_learnt([], base) == []
 
 
 def test_what_is_run_is_what_the_issue_asks_for(modules):
@@ -270,3 +278,29 @@ def test_what_is_run_is_what_the_issue_asks_for(modules):
         changed |= {"composition"} - ({"composition"} if variant.composition else set())
         changed |= {"answers"} - ({"answers"} if variant.answers == "true" else set())
         assert len(changed - {"kl"}) == (0 if name == "seed_0" else 1), (name, changed)
+
+
+def test_the_page_is_what_the_records_say_of_the_vlm_in_the_box(modules, tmp_path):
+    records = RECIPE / "ablations"
+    modules.ablate_table.write_table(records, modules.ablate.VARIANTS, tmp_path / "ablations.md")
+    page = (RECIPE / "ablations.md").read_text(encoding="utf-8")
+    assert (tmp_path / "ablations.md").read_text(encoding="utf-8") == page and "Not run" not in page
+    prepared = json.loads((records / "prepared.json").read_text())
+    assert prepared["vlm_sha256"] == hashlib.sha256((RECIPE / "vlm" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_readme_quotes_the_page():
+    page = (RECIPE / "ablations.md").read_text(encoding="utf-8")
+    readme = (RECIPE / "README.md").read_text(encoding="utf-8")
+    default = re.search(r"default, 5 seeds \|  \| ([\d.]+ ± [\d.]+)", page)
+    assert default and default[1] in readme
+    claims = dict(re.findall(r"^- (\w+): (.*)$", page, re.MULTILINE))
+    quoted = dict(re.findall(r"^\| `(\w+)` \([^|]*\| ([^|]*) \|", readme, re.MULTILINE))
+    assert quoted.keys() == claims.keys()  # every claim and no other
+    for name, text in quoted.items():
+        for number, form in re.findall(r"([+-][\d.]+) (?:in )?(whole|\d segments)", text):
+            assert f"{form}, trained {number} " in claims[name], (name, form)
+    for name, task in (("captions_only", "caption"), ("captions_only", "colour"), ("captions_only", "count")):
+        rows = [line.strip("| ").split(" | ") for line in page.partition("## By task: whole")[2].splitlines()]
+        head = next(row for row in rows if row[0] == "run")
+        assert next(row for row in rows if row[0] == name)[head.index(task)] in readme

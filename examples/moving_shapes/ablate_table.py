@@ -23,6 +23,7 @@ from train_hypernetwork import HELD_OUT_TASKS, TRAINED_TASKS  # noqa: E402
 from video2lora.data.files import write_atomically  # noqa: E402
 
 CONFIDENCE = 0.95
+LEARNT = 0.05  # above the base that sees nothing
 KINDS = {"trained": TRAINED_TASKS, "never trained": HELD_OUT_TASKS}
 Accuracy = Mapping[str, Mapping[str, Sequence[int]]]
 
@@ -91,6 +92,7 @@ def write_table(folder: Path, variants: Mapping[str, Any], output: Path) -> None
     missing = [name for name in variants if name not in results]
     parts = ["# Moving shapes: ablations", setting(budget, results)]
     parts += [f"Not run yet: {', '.join(missing)}."] if missing else []
+    parts += hardly_learnt([results[name]["accuracy"] for name in seeds], base)
     parts += [main_table(variants, results, base, noise), f"![Ablations]({plot.name})"]
     parts += ["## What differs by more than the seeds do", *claims(variants, results, noise)]
     parts += [part for form in FORMS for part in (f"## By task: {form}", task_table(variants, results, base, form))]
@@ -122,6 +124,22 @@ def setting(budget: Budget, results: Mapping[str, Any]) -> str:
         f"deviation of the default's seeds. Seconds of training on {', '.join(devices)} with up to "
         f"{', '.join(map(str, beside))} runs at once."
     )
+
+
+def hardly_learnt(seeds: Sequence[Accuracy], base: Mapping[str, Accuracy]) -> list[str]:
+    """Trained tasks of which the default knows little more than the base that sees nothing: they tell nothing."""
+    if not seeds:
+        return []
+    means = {task: float(np.mean([accuracy(each, WHOLE, [task]) for each in seeds])) for task in TRAINED_TASKS}
+    blind = {task: accuracy(base["no adapter"], WHOLE, [task]) for task in TRAINED_TASKS}
+    tasks = [f"{task} ({means[task]:.3f})" for task in TRAINED_TASKS if means[task] - blind[task] < LEARNT]
+    if not tasks:
+        return []
+    told = (
+        f"At this budget the default has hardly learnt {', '.join(tasks)}: less than {LEARNT} above the base that "
+        "sees nothing. What differs here differs early in training, and need not after more of it."
+    )
+    return [told]
 
 
 def main_table(

@@ -50,6 +50,18 @@ def test_the_multiplier_is_folded_in_float32(vlm, random_weights):
     assert adapter.num_parameters == 4 * 6 * (64 + 128) and adapter.nbytes == 4 * adapter.num_parameters
 
 
+def test_weights_are_copied_unless_told_otherwise(vlm, random_weights):
+    raw = random_weights(resolve_targets(vlm, ["down_proj"]), 0)
+    own = VideoAdapter.from_weights(raw, vlm=vlm)
+    taken = VideoAdapter.from_weights(raw, vlm=vlm, copy=False)
+    before = own.delta_weight("down_proj", 2)
+    assert taken.content_hash == own.content_hash and before.any()
+    assert taken.weights.lora_A["down_proj"].data_ptr() == raw.lora_A["down_proj"].data_ptr()
+    raw.lora_A["down_proj"].zero_()
+    raw.lora_B["down_proj"].zero_()
+    assert torch.equal(own.delta_weight("down_proj", 2), before)
+
+
 def test_zero_rows_of_a_mixed_batch_are_cut(vlm, random_weights):
     targets = resolve_targets(vlm, ["down_proj"])
     short, long = random_weights(targets, 0, rank=2), random_weights(targets, 1, rank=7)

@@ -88,6 +88,22 @@ def test_a_budget_is_shared_by_what_segments_say(make_adapter):
     assert lost.item() == pytest.approx(singular[:, 1:].square().sum().sqrt().item(), rel=1e-4)
 
 
+def test_a_segment_that_keeps_its_ranks_is_not_touched(make_adapter):
+    loud, quiet = make_adapter(0), compose_adapters([make_adapter(1)], weights=[0.05])
+    composed = compose_adapters([loud, quiet])
+    reduced, _ = composed.truncate(7, keep_segments=True)
+    for before, after in zip(
+        (composed.weights.lora_A, composed.weights.lora_B),
+        (reduced.weights.lora_A, reduced.weights.lora_B),
+        strict=True,
+    ):
+        for name in before:
+            assert torch.equal(before[name][:, :, :3], after[name][:, :, :3])  # the loud one
+            assert torch.equal(before[name][:, :, -3:], after[name][:, :, -3:])  # the static part
+    same, error = composed.truncate(composed.rank - 1, keep_segments=True)
+    assert 0 < error < 0.05 and same.rank == composed.rank - 1
+
+
 def test_weights_move_the_budget(make_adapter):
     composed = compose_adapters([make_adapter(0), make_adapter(1)])
     for weights, ranks in (([1000, 1], [(0, 3), (3, 4)]), ([1, 1000], [(0, 1), (1, 4)])):

@@ -137,6 +137,13 @@ def test_segments_add_up_with_the_static_part_once():
     joined = hypernetwork.combine(generated, [2, 1])
     assert joined.ranks == (9, 6) and joined.static_rank == 3 and len(joined) == 2
     assert_same_lora(joined, hypernetwork(STATES, None, [2, 1]), atol=1e-6)
+    # in several batches, which need not end where an adapter does
+    batches = [stack_lora([generated[0]]), stack_lora([generated[1], generated[2]])]
+    assert_same_lora(hypernetwork.combine(batches, [2, 1]), joined, atol=0)
+    with pytest.raises(ValueError, match="add up to the 3 segments"):
+        hypernetwork.combine(batches, [2, 2])
+    with pytest.raises(ValueError, match="add up to the 0 segments"):
+        hypernetwork.combine([])
     for name in TARGETS.paths:
         assert (joined.lora_A[name][1, :, 6:] == 0).all() and (joined.lora_B[name][1, :, 6:] == 0).all()
         for layer in range(3):

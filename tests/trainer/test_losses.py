@@ -58,9 +58,7 @@ def test_the_k_largest_logits_bound_the_divergence_and_all_of_them_give_it():
     student.requires_grad_()
     (full,) = torch.autograd.grad(kl_per_token(student, teacher).sum(), student)
     logits, token_ids = teacher.topk(40)
-    (ours,) = torch.autograd.grad(
-        kl_top_k_per_token(student, token_ids, logits, teacher.logsumexp(-1)).sum(), student
-    )
+    (ours,) = torch.autograd.grad(kl_top_k_per_token(student, token_ids, logits, teacher.logsumexp(-1)).sum(), student)
     torch.testing.assert_close(ours, full, rtol=0, atol=1e-5)
 
 

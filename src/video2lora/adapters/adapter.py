@@ -24,7 +24,7 @@ from ..modeling.targets import LoraTargets, base_fingerprint, resolve_targets
 from . import rank_space, storage
 from .directories import check_target, new_directory
 from .errors import AdapterError, AdapterKeyError
-from .layouts import BaseDescription, Layout, check_base, peft_config, to_state_dict
+from .layouts import BaseDescription, Layout, check_base, named_tensors, peft_config, to_state_dict
 from .provenance import AdapterProvenance, Segment, Truncation, is_local, public_name, same_repository
 from .rank_space import check_weights
 
@@ -53,6 +53,7 @@ class VideoAdapter:
         vlm: nn.Module,
         targets: LoraTargets | None = None,
         provenance: AdapterProvenance | None = None,
+        copy: bool = True,
     ) -> VideoAdapter:
         """Make an adapter of generated weights.
 
@@ -63,6 +64,8 @@ class VideoAdapter:
             provenance: what is known of its origin. The base's name is read off `vlm` if none is given (its commit
                 cannot be: transformers does not keep it), and ranks are given to segments without them, the same
                 number to each.
+            copy: have memory of its own. Without, float32 tensors are taken over as they are, views too, and must not
+                be changed afterwards: an hour's adapter is a gigabyte.
 
         Raises:
             AdapterError: not a batch of one, or ranks of segments that do not fit.
@@ -76,8 +79,9 @@ class VideoAdapter:
         targets = targets or resolve_targets(vlm, tuple(weights.lora_A))
         weights = weights[0].detach().to(dtype=torch.float32).fold()
         _check_shapes(weights, targets)
-        own_memory = {name: tensor.clone() for name, tensor in weights.lora_A.items()}  # not a view of the batch
-        weights = replace(weights, lora_A=own_memory)
+        if copy:
+            own_memory = {name: tensor.clone() for name, tensor in weights.lora_A.items()}  # not a view of the batch
+            weights = replace(weights, lora_A=own_memory)
         provenance = provenance or AdapterProvenance()
         segments = _with_ranks(provenance.segments or (Segment(),), weights.ranks[0] - weights.static_rank)
         provenance = replace(provenance, segments=segments)
@@ -86,7 +90,7 @@ class VideoAdapter:
         if provenance.base_model is None:
             provenance = replace(provenance, base_sha256=base_fingerprint(vlm, targets))
         base = BaseDescription.of(vlm, targets)
-        storage.check_finite(to_state_dict(weights, targets, base, "vlm"))
+        storage.check_finite(named_tensors(weights, targets, base, "vlm"))
         return cls(weights, targets, base, provenance)
 
     @classmethod
@@ -420,7 +424,7 @@ class VideoAdapter:
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 over tensors and their names; the same in every layout."""
-        return storage.content_hash(to_state_dict(self.weights, self.targets, self.base, "vlm"))
+        return storage.content_hash(named_tensors(self.weights, self.targets, self.base, "vlm"))
 
     def __repr__(self) -> str:
         sources = ", ".join(segment.source or "unnamed video" for segment in self.segments)

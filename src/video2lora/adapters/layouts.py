@@ -98,16 +98,20 @@ def key_shapes(targets: LoraTargets, base: BaseDescription, layout: str, rank: i
     return shapes
 
 
-def to_state_dict(weights: LoraWeights, targets: LoraTargets, base: BaseDescription, layout: str) -> dict[str, Tensor]:
-    """The tensors of a batch of one under their PEFT names, each in memory of its own."""
-    state = {}
+def named_tensors(weights: LoraWeights, targets: LoraTargets, base: BaseDescription, layout: str) -> dict[str, Tensor]:
+    """The tensors of a batch of one under their PEFT names, as views: a copy of an hour's adapter is a gigabyte."""
+    views = {}
     for name, paths in module_paths(targets, base, layout).items():
         for position, path in enumerate(paths):
-            state[f"{_KEY_PREFIX}{path}.lora_A.weight"] = weights.lora_A[name][0, position].clone()
-            state[f"{_KEY_PREFIX}{path}.lora_B.weight"] = weights.lora_B[name][0, position].T.clone(
-                memory_format=torch.contiguous_format
-            )
-    return state
+            views[f"{_KEY_PREFIX}{path}.lora_A.weight"] = weights.lora_A[name][0, position]
+            views[f"{_KEY_PREFIX}{path}.lora_B.weight"] = weights.lora_B[name][0, position].T
+    return views
+
+
+def to_state_dict(weights: LoraWeights, targets: LoraTargets, base: BaseDescription, layout: str) -> dict[str, Tensor]:
+    """The tensors of a batch of one under their PEFT names, each in memory of its own."""
+    views = named_tensors(weights, targets, base, layout)
+    return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in views.items()}
 
 
 def from_state_dict(

@@ -113,21 +113,21 @@ def truncate_segments(
     Returns:
         The weights, the ranks of each segment in them, and the relative error of the whole change (Frobenius).
     """
-    parts = [keep_ranks(weights, range(*span)) for span in spans]
-    parts = [_without_static(part) for part in parts]
+    parts = [_slice(weights, start, end) for start, end in spans]
     gains = []
     for part, factor in zip(parts, factors, strict=True):
         values = [torch.linalg.svdvals(_core(part, name)) for name in part.lora_A]
         squares = [pad(v.square().sum(dim=(0, 1)), (0, part.ranks[0] - v.shape[-1])) for v in values]
         gains.append((factor**2 * torch.stack(squares).sum(0)).tolist())
     shares = _share(gains, rank - weights.static_rank)
-    cut = [truncate(part, share)[0] for part, share in zip(parts, shares, strict=True)]
+    cut = [truncate(p, share)[0] if share < p.ranks[0] else p for p, share in zip(parts, shares, strict=True)]
     static = keep_ranks(weights, [])
     lora_A = {n: torch.cat([p.lora_A[n] for p in cut] + [static.lora_A[n]], dim=2) for n in weights.lora_A}
     lora_B = {n: torch.cat([p.lora_B[n] for p in cut] + [static.lora_B[n]], dim=2) for n in weights.lora_B}
     reduced = LoraWeights(lora_A, lora_B, weights.scaling, (sum(shares) + weights.static_rank,), weights.static_rank)
     ends = torch.tensor([0, *shares]).cumsum(0).tolist()
-    return reduced, list(zip(ends, ends[1:], strict=False)), _relative_error(weights, reduced)
+    less = [(part, kept) for part, kept in zip(parts, cut, strict=True) if kept is not part]
+    return reduced, list(zip(ends, ends[1:], strict=False)), _relative_error(weights, less)
 
 
 def _share(gains: Sequence[Sequence[float]], rank: int) -> list[int]:
@@ -146,20 +146,29 @@ def _core(weights: LoraWeights, name: str) -> Tensor:
     return r_b @ r_a.mT
 
 
-def _without_static(weights: LoraWeights) -> LoraWeights:
-    rank = weights.ranks[0] - weights.static_rank
-    lora_A = {name: tensor[:, :, :rank] for name, tensor in weights.lora_A.items()}
-    lora_B = {name: tensor[:, :, :rank] for name, tensor in weights.lora_B.items()}
-    return LoraWeights(lora_A, lora_B, weights.scaling, (rank,), 0)
+def _slice(weights: LoraWeights, start: int, end: int) -> LoraWeights:
+    """Some of the ranks, as a view."""
+    lora_A = {name: tensor[:, :, start:end] for name, tensor in weights.lora_A.items()}
+    lora_B = {name: tensor[:, :, start:end] for name, tensor in weights.lora_B.items()}
+    return LoraWeights(lora_A, lora_B, weights.scaling, (end - start,), 0)
 
 
-def _relative_error(old: LoraWeights, new: LoraWeights) -> float:
-    """Frobenius norm of the difference of two changes over that of the first, without forming either."""
+def _relative_error(whole: LoraWeights, less: Sequence[tuple[LoraWeights, LoraWeights]]) -> float:
+    """Frobenius norm of what parts of a change have lost over that of the whole, without forming either.
+
+    Args:
+        whole: all of it.
+        less: parts of it that were reduced, and what is left of each.
+    """
     lost = total = 0.0
-    for name in old.lora_A:
-        for (a, b), (new_a, new_b) in zip(_layers(old, name), _layers(new, name), strict=True):
-            difference_a, difference_b = torch.cat([a, new_a]), torch.cat([b, -new_b])
+    for name in whole.lora_A:
+        for layer, (a, b) in enumerate(_layers(whole, name)):
             # |B^T A|^2 = sum of (B B^T) * (A A^T)
-            lost += ((difference_b @ difference_b.mT) * (difference_a @ difference_a.mT)).sum().item()
             total += ((b @ b.mT) * (a @ a.mT)).sum().item()
+            if less:
+                parts = [part for pair in less for part in pair]
+                signs = [1.0, -1.0] * len(less)
+                a = torch.cat([part.lora_A[name][0, layer].double() for part in parts])
+                b = torch.cat([s * p.lora_B[name][0, layer].double() for p, s in zip(parts, signs, strict=True)])
+                lost += ((b @ b.mT) * (a @ a.mT)).sum().item()
     return (max(lost, 0.0) / total) ** 0.5 if total else 0.0

@@ -39,7 +39,15 @@ from .errors import (
     NonFiniteAdapterError,
     check_keys,
 )
-from .layouts import BaseDescription, check_layout, from_state_dict, key_shapes, peft_config, peft_config_dict
+from .layouts import (
+    BaseDescription,
+    check_layout,
+    from_state_dict,
+    key_shapes,
+    named_tensors,
+    peft_config,
+    peft_config_dict,
+)
 from .layouts import to_state_dict as layout_state_dict
 from .provenance import AdapterProvenance
 
@@ -103,7 +111,7 @@ def encode(stored: StoredAdapter, layout: str, dtype: torch.dtype) -> tuple[dict
         raise AdapterError(f"dtype must be one of {[str(d) for d in DTYPES]}, got {dtype}.")
     weights, targets, base = stored.weights, stored.targets, stored.base
     rank = weights.ranks[0]
-    check_finite(layout_state_dict(weights, targets, base, layout))
+    check_finite(named_tensors(weights, targets, base, layout))
     weights = weights.to("cpu", dtype)
     state = layout_state_dict(weights, targets, base, layout)
     check_finite(state, f"Its values are too large for {DTYPES[dtype]}: save with dtype=torch.float32 or bfloat16")
@@ -122,7 +130,7 @@ def encode(stored: StoredAdapter, layout: str, dtype: torch.dtype) -> tuple[dict
         "targets": {"layer_indices": targets.layer_indices, "modules": modules},
         "base": asdict(base),
         "provenance": stored.provenance.to_dict(),
-        "content_hash": content_hash(layout_state_dict(weights, targets, base, "vlm")),
+        "content_hash": content_hash(named_tensors(weights, targets, base, "vlm")),
     }
     return state, document
 

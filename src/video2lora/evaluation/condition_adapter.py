@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
+from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor
 from .condition import Condition, Decoding, PreparedSample, batches_of, expected_lengths
 from .samples import Answer
 
@@ -39,7 +39,7 @@ class Internalizing(Condition):
             self.model.generate_segments(**self.processor.pad(segments[rows]))
             for rows in batches_of([turn["input_ids"].shape[1] for turn in segments], batch_size)
         ]
-        adapters = self.model.hypernetwork.combine(stack_lora(generated), [len(several) for several in videos])
+        adapters = self.model.hypernetwork.combine(generated, [len(several) for several in videos])
         return list(adapters), self.now() - start
 
 

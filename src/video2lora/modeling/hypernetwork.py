@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -192,11 +193,14 @@ class Hypernetwork(nn.Module):
                 lora_B[name] = b * self.scaler_B[name][..., None]
         return LoraWeights(lora_A, lora_B, self.scaling, (self.rank,) * embeddings.shape[0])
 
-    def combine(self, generated: LoraWeights, segments_per_adapter: Sequence[int] | None = None) -> LoraWeights:
+    def combine(
+        self, generated: LoraWeights | Sequence[LoraWeights], segments_per_adapter: Sequence[int] | None = None
+    ) -> LoraWeights:
         """Concatenate consecutive generated adapters along the rank and append the static part once.
 
         Args:
-            generated: the generated part of `sum(segments_per_adapter)` segments.
+            generated: the generated part of `sum(segments_per_adapter)` segments, in one batch or, in the same order,
+                several: an hour's chunks need not be copied into one first.
             segments_per_adapter: how many consecutive segments make one adapter; one each by default.
 
         Returns:
@@ -206,34 +210,38 @@ class Hypernetwork(nn.Module):
         Raises:
             ValueError: the counts do not add up to the number of segments.
         """
-        counts = [1] * len(generated) if segments_per_adapter is None else [int(n) for n in segments_per_adapter]
-        if sum(counts) != len(generated) or min(counts, default=0) < 1:
+        parts = [generated] if isinstance(generated, LoraWeights) else list(generated)
+        ends = [0, *accumulate(map(len, parts))]
+        counts = [1] * ends[-1] if segments_per_adapter is None else [int(n) for n in segments_per_adapter]
+        if sum(counts) != ends[-1] or min(counts, default=0) < 1:
             raise ValueError(
-                f"segments_per_adapter {counts} must be positive and add up to the {len(generated)} segments given."
+                f"segments_per_adapter {counts} must be positive and add up to the {ends[-1]} segments given."
             )
+        first = parts[0]
         static_rank = self.rank if self.use_static_lora else 0
 
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
         places = [place for count in counts for place in range(count)]
         # one copy for all adapters: a hundred small ones a step are launches and little else
         row, place, end = (
-            torch.tensor(numbers).to(generated.device, non_blocking=True) for numbers in (rows, places, counts)
+            torch.tensor(numbers).to(first.device, non_blocking=True) for numbers in (rows, places, counts)
         )
 
-        def join(tensors: Tensor, static: Tensor | None) -> Tensor:
-            _, layers, rank, width = tensors.shape
+        def join(tensors: list[Tensor], static: Tensor | None) -> Tensor:
+            _, layers, rank, width = tensors[0].shape
             blocks = max(counts) + (static is not None)
-            joined = tensors.new_zeros(len(counts), layers, blocks, rank, width)
-            joined[row, :, place] = tensors
+            joined = tensors[0].new_zeros(len(counts), layers, blocks, rank, width)
+            for tensor, start, stop in zip(tensors, ends, ends[1:], strict=False):
+                joined[row[start:stop], :, place[start:stop]] = tensor
             if static is not None:
-                joined[torch.arange(len(counts), device=end.device), :, end] = static.to(tensors)
+                joined[torch.arange(len(counts), device=end.device), :, end] = static.to(joined)
             return joined.flatten(2, 3)
 
         static = self.use_static_lora
         return LoraWeights(
-            {n: join(a, self.bias_A[n] if static else None) for n, a in generated.lora_A.items()},
-            {n: join(b, self.bias_B[n] if static else None) for n, b in generated.lora_B.items()},
-            generated.scaling,
+            {n: join([part.lora_A[n] for part in parts], self.bias_A[n] if static else None) for n in first.lora_A},
+            {n: join([part.lora_B[n] for part in parts], self.bias_B[n] if static else None) for n in first.lora_B},
+            first.scaling,
             tuple(count * self.rank + static_rank for count in counts),
             static_rank,
         )

@@ -98,7 +98,9 @@ def stack_lora(parts: Sequence[LoraWeights]) -> LoraWeights:
     ranks = tuple(rank for part in parts for rank in part.ranks)
 
     def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([pad(t, (0, 0, 0, max(ranks) - t.shape[2])) for t in tensors])
+        missing = [max(ranks) - t.shape[2] for t in tensors]
+        # where nothing is missing, pad copies
+        return torch.cat([pad(t, (0, 0, 0, n)) if n else t for t, n in zip(tensors, missing, strict=True)])
 
     return LoraWeights(
         {n: join([part.lora_A[n] for part in parts]) for n in shapes},

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from ..adapters import AdapterProvenance, Segment, VideoAdapter, VideoAdapterStore
-from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor, stack_lora
+from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor
 from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
 from ..video.ahead import one_ahead, prepare_ahead
 from ..video.frames import is_frames
@@ -95,7 +95,8 @@ class VideoToLoraPipeline(Pipeline):
             longest_edge: pixels to which frames are shrunk.
             chunk_seconds: cut the span into chunks of at most this length, each read by itself with `num_frames`
                 frames, and composed into one adapter of rank `(chunks + 1) * rank`. Chunks are decoded, read and let
-                go one after the other, so a long video needs no more memory than a short one, but for its adapter.
+                go one after the other, so a long video needs no more memory than a short one, but for twice its
+                adapter's.
             max_rank: with `chunk_seconds`, keep the adapter to this rank, the static part's included, as it grows;
                 the chunks share it by what they have to say ([`VideoAdapter.truncate`] with `keep_segments`).
             batch_size: videos, or chunks of one, internalized together.
@@ -265,9 +266,7 @@ class VideoToLoraPipeline(Pipeline):
             parts.append(outputs["generated"])
             segments += outputs["segments"]
         if adapter is None:
-            generated = stack_lora(parts)
-            parts.clear()  # of an hour they may be as large as everything else together
-            (adapter,) = self._adapters(generated, [segments])
+            (adapter,) = self._adapters(parts, [segments])
         return adapter
 
     @property
@@ -328,13 +327,17 @@ class VideoToLoraPipeline(Pipeline):
 
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[VideoAdapter]:
         """An adapter of each segment."""
-        return self._adapters(model_outputs["generated"], [[segment] for segment in model_outputs["segments"]])
+        return self._adapters([model_outputs["generated"]], [[segment] for segment in model_outputs["segments"]])
 
     @torch.no_grad()
-    def _adapters(self, generated: LoraWeights, segments: list[list[Segment]]) -> list[VideoAdapter]:
-        """Adapters with their provenance, each of consecutive generated segments."""
+    def _adapters(self, parts: list[LoraWeights], segments: list[list[Segment]]) -> list[VideoAdapter]:
+        """Adapters with their provenance, each of consecutive generated segments; `parts` is emptied.
+
+        Of an hour the parts are as large as its adapter: none is kept longer than it is needed.
+        """
         hypernetwork, config = self.model.hypernetwork, self.model.config
-        weights = hypernetwork.combine(generated, [len(parts) for parts in segments])
+        weights = hypernetwork.combine(parts, [len(several) for several in segments])
+        parts.clear()
         origin: dict[str, Any] = {
             "base_model": config.base_model_name_or_path,
             "base_revision": config.base_model_revision,
@@ -346,9 +349,10 @@ class VideoToLoraPipeline(Pipeline):
                 adapter.to("cpu"),
                 vlm=self.model.vlm,
                 targets=self.model.targets,
-                provenance=AdapterProvenance(segments=tuple(parts), **origin),
+                provenance=AdapterProvenance(segments=tuple(several), **origin),
+                copy=len(segments) > 1,
             )
-            for adapter, parts in zip(weights, segments, strict=True)
+            for adapter, several in zip(weights, segments, strict=True)
         ]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
