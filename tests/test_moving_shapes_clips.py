@@ -47,7 +47,13 @@ def vlm(recipe, processor, tmp_path_factory):
 
 
 class Cutting(Video2LoraCollator):
-    """The library's collator, told into how many segments a row is cut instead of drawing it."""
+    """The library's collator, told into how many segments a row is cut; longer answers count for more."""
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        lengths = [sum(label != -100 for label in labels) for _, labels in turns_of(dict(batch))]
+        assert max(lengths) > 8
+        return batch | {"query_weights": torch.tensor([max(1.0, number / 8) for number in lengths])}
 
     def _read(self, reader: Any, row: Any, draw: Any) -> Any:
         whole = reader.sample(num_frames=self.processor.num_frames)
@@ -288,6 +294,37 @@ def test_fused_norms_compute_the_same(recipe, processor, dtype):
     for one, other in zip(*found, strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
         assert (one - other).abs().max() <= tolerance * one.abs().max()
+
+
+def test_compiled_layers_give_the_same_gradients_for_every_shape(recipe, vlm, monkeypatch, tmp_path):
+    module = recipe["train_hypernetwork"]
+    monkeypatch.setattr(sys, "argv", ["train_hypernetwork.py", str(vlm), "-o", str(tmp_path)])
+    model, processor = module.build(module.parse())
+    for parameter in model.hypernetwork.parameters():  # an adapter that changes something
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    Form, batches = recipe["batches"].Form, []
+    for form, number in ((Form(2), 3), (Form(3), 4), (Form(1, 24, segments=3), 2)):
+        rows = [recipe["clips"].SceneClips("train", 99, num_frames=form.seconds)[i] for i in range(number)]
+        batch = recipe["clips"].SceneCollator(processor).batch_of([row | {"form": form} for row in rows])
+        pixels = batch["frames"].pixel_values(torch.device("cpu"), torch.float32)
+        batches.append(batch | {"video_inputs": batch["video_inputs"] | {"pixel_values": pixels}})
+    names = ("input_ids", "attention_mask", "labels", "turns", "queries_per_video", "segments_per_adapter")
+
+    def gradients(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**{name: batch[name] for name in names}, video_inputs=batch["video_inputs"]).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.hypernetwork.named_parameters()}
+
+    eager, graphs, made = [gradients(batch) for batch in batches], [], []
+    # what compile_layers sets is put back
+    with torch._dynamo.config.patch(recompile_limit=8), torch.fx.experimental._config.patch(use_duck_shape=True):
+        recipe["small_vlm"].compile_layers(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        for batch, wanted in zip(batches, eager, strict=True):
+            found = gradients(batch)
+            made.append(len(graphs))
+            for name, gradient in wanted.items():
+                assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    assert 0 < made[0] <= 6 and made[1:] == made[:1] * 2  # one for each kind of layer and way, none for a size
 
 
 def test_what_is_said_on_the_command_line_is_done(recipe, vlm, tmp_path, monkeypatch):

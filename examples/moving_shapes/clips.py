@@ -35,12 +35,14 @@ from video2lora.data.moving_shapes import (
 from video2lora.data.moving_shapes.dataset import SceneClip
 from video2lora.data.moving_shapes.scenes import slots_at
 from video2lora.modeling.processor import IGNORE_INDEX
+from video2lora.modeling.turns import Labelled
 from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
 from video2lora.trainer.collator import Video2LoraCollator
 from video2lora.video import VideoFrames
 from video2lora.video.sampling import select_frames
 
 ENDLESS = 10**8  # clips: more than any run draws
+LONG_ANSWER = 8  # tokens; a longer answer counts by its length: all of them have to be right
 FRAME_NUMBERS = (4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 768)  # of clips that are not shown in 12
 
 
@@ -277,10 +279,11 @@ class Prompts:
 class SceneCollator(Video2LoraCollator):
     """Batches as the library's collator makes them of [`FormedClips`], with `frames` in place of the pixels.
 
-    Of the rows of a batch it takes as many as their form allows. `frames` are [`Stills`], whose `pixel_values` are
-    those of `video_inputs`; `pixel_attention_mask`, of ones alone, is left out: the base takes nothing for ones. All
-    turns about a clip lie in one row, and rows are padded to a multiple of `ALIGNED` tokens: few different shapes,
-    since attention is planned anew for each.
+    Of the rows of a batch it takes as many as their form allows, and gives answers of more than `LONG_ANSWER` tokens
+    the more weight: a query's loss is the mean of its tokens, which makes little of a caption's. `frames` are
+    [`Stills`], whose `pixel_values` are those of `video_inputs`; `pixel_attention_mask`, of ones alone, is left out:
+    the base takes nothing for ones. All turns about a clip lie in one row, and rows are padded to a multiple of
+    `ALIGNED` tokens: few different shapes, since attention is planned anew for each.
 
     Args:
         processor: the model's.
@@ -293,7 +296,10 @@ class SceneCollator(Video2LoraCollator):
         self.prompts = Prompts(processor)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return self.batch_of(rows[: rows[0]["form"].clips(len(rows))])
+        batch = self.batch_of(rows[: rows[0]["form"].clips(len(rows))])
+        answers = Labelled.of(batch["labels"], batch["turns"])
+        lengths = torch.bincount(answers.queries, minlength=answers.num_queries)
+        return batch | {"query_weights": batch["query_weights"] * (lengths / LONG_ANSWER).clamp_min(1.0)}
 
     def batch_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of all these rows.

@@ -171,3 +171,35 @@ def fuse_norms(vlm: nn.Module) -> None:
                 fused = FusedNorm(child.weight.shape[0], child.variance_epsilon, device="meta")
                 fused.weight = child.weight
                 setattr(module, name, fused.train(child.training))
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> None:
+    """Compile what a step of stage 2 spends its time in: the VLM's layers and the perceiver, for all shapes at once.
+
+    The text layers are compiled up to their `down_proj`, which is where adapters are added: so one graph serves them
+    all.
+    """
+    torch._dynamo.config.recompile_limit = 32  # with gradients or not, with a mask or not: more than the usual 8
+    # else a row of 256 tokens is taken for the width of 256, and is compiled apart
+    torch.fx.experimental._config.use_duck_shape = False
+    to_down_proj = torch.compile(_to_down_proj, dynamic=True, backend=backend)
+    for layer in model.vlm.model.text_model.layers:
+
+        def forward(hidden_states: Tensor, layer: Any = layer, **kwargs: Any) -> Tensor:
+            hidden_states, inner = to_down_proj(layer, hidden_states, kwargs)
+            return hidden_states + layer.mlp.down_proj(inner)
+
+        layer.forward = forward
+    for layer in model.vlm.model.vision_model.encoder.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+    perceiver = model.hypernetwork.perceiver
+    for name in ("project", "read"):
+        setattr(perceiver, name, torch.compile(getattr(perceiver, name), dynamic=True, backend=backend))
+
+
+def _to_down_proj(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A Llama layer's residual stream after its attention, and what enters the last matrix of its MLP."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    hidden_states = hidden_states + attended
+    x, mlp = layer.post_attention_layernorm(hidden_states), layer.mlp
+    return hidden_states, mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)

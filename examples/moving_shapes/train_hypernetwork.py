@@ -24,7 +24,7 @@ from accelerate.utils import broadcast
 from batches import Form
 from clips import FormedClips, SceneClips, SceneCollator, SceneTrainer
 from safetensors.torch import load_file
-from small_vlm import fuse_norms
+from small_vlm import compile_layers, fuse_norms
 from transformers import AutoProcessor, TrainerCallback
 
 from video2lora import Video2LoraModel, Video2LoraProcessor
@@ -121,6 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy on the answers")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
     parser.add_argument("--validation", type=int, default=512, help="clips; 0: none")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: slow to start, for long runs")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -151,6 +152,8 @@ def build(options: argparse.Namespace) -> tuple[Video2LoraModel, Video2LoraProce
         weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         model.hypernetwork.load_state_dict(weights)
         model.name_or_path = str(options.start_from)  # what the run's card says it began with
+    if options.compile:
+        compile_layers(model)
     processor = AutoProcessor.from_pretrained(options.vlm)
     return model, Video2LoraProcessor.from_config(model.config, vlm_processor=processor)
 

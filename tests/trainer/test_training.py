@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 from video2lora.data import DatasetError
 from video2lora.modeling import Video2LoraModel, Video2LoraProcessor
-from video2lora.trainer import Video2LoraTrainer, Video2LoraTrainingArguments
+from video2lora.trainer import Video2LoraCollator, Video2LoraTrainer, Video2LoraTrainingArguments
 
 from ..parity.model import PARITY, parity_model
 from .runs import ARGUMENTS, SGD, assert_near, assert_same, losses, make_model, make_trainer, weights
@@ -74,7 +74,7 @@ def test_every_parameter_of_the_hypernetwork_moves_and_nothing_of_the_base(
 class ParityBatches:
     """A collator over the stored tensors: both videos with two and one queries, or one video with one; in turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: tuple[float, float, float]) -> None:
         inputs = load_file(PARITY / "inputs.safetensors")
         self.video = {
             "input_ids": inputs["e2e_input_ids"],
@@ -83,6 +83,7 @@ class ParityBatches:
             "pixel_attention_mask": inputs["e2e_pixel_attention_mask"],
         }
         self.text = {name: inputs[f"text_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+        self.weights = torch.tensor(weights)
         self.given: list[dict[str, Any]] = []
 
     def __call__(self, rows: Any) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class ParityBatches:
         batch: dict[str, Any] = {name: tensor[queries] for name, tensor in self.text.items()}
         batch["video_inputs"] = {name: tensor[videos] for name, tensor in self.video.items()}
         batch |= {"queries_per_video": [2, 1] if many else [1], "segments_per_adapter": [1] * len(videos)}
-        batch |= {"query_weights": torch.ones(len(queries)), "num_videos": len(videos)}
+        batch |= {"query_weights": self.weights[: len(queries)], "num_videos": len(videos)}
         self.given.append(batch)
         return batch | {"kept": list(range(len(videos))), "skipped": [], "query_ids": [("", 0)] * len(queries)}
 
@@ -122,8 +123,10 @@ def plain_loop(model: Video2LoraModel, batches: list[dict[str, Any]], accumulate
         cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         for group in optimizer.param_groups:
             group["lr"] = 1e-4 * (warm if step < warmup else cosine)
-        parts = [query_loss(model, batch) for batch in batches[step * accumulate : (step + 1) * accumulate]]
-        loss = torch.cat(parts).mean()
+        several = batches[step * accumulate : (step + 1) * accumulate]
+        queries = torch.cat([query_loss(model, batch) for batch in several])
+        shares = torch.cat([batch["query_weights"] for batch in several])
+        loss = (queries * shares).sum() / shares.sum()
         optimizer.zero_grad()
         loss.backward()
         grads = [p.grad for p in parameters.values() if p.grad is not None]
@@ -136,9 +139,10 @@ def plain_loop(model: Video2LoraModel, batches: list[dict[str, Any]], accumulate
     return log
 
 
-def test_the_first_steps_on_the_parity_model_are_those_of_a_plain_loop(tiny_vlm_dir, tmp_path):
-    """With the recipe's own arguments, the defaults here."""
-    collator = ParityBatches()
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (0.25, 1.5, 0.125)])
+def test_the_first_steps_on_the_parity_model_are_those_of_a_plain_loop(shares, tiny_vlm_dir, tmp_path):
+    """With the recipe's own arguments, the defaults here; and with queries that a collator of one's own weighs."""
+    collator = ParityBatches(shares)
     args = Video2LoraTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
         logging_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=1, max_steps=6,
@@ -319,3 +323,30 @@ def test_several_gpus_without_a_launcher_use_one(tiny_vlm_dir, rows, tmp_path):
     args._n_gpu = 2
     Video2LoraTrainer(make_model(tiny_vlm_dir), args, rows)
     assert args.n_gpu == 1
+
+
+def test_a_collator_of_ones_own_weighs_queries_and_hears_of_the_epoch(tiny_vlm_dir, rows, tmp_path):
+    class First(Video2LoraCollator):
+        """Only each batch's first query counts."""
+
+        def __call__(self, given: Any) -> dict[str, Any]:
+            batch = super().__call__(given)
+            batch["query_weights"][1:] = 0.0
+            return batch
+
+    model = make_model(tiny_vlm_dir)
+    args = Video2LoraTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", seed=3,
+        logging_steps=1, per_device_train_batch_size=2, num_train_epochs=2, num_eval_samples=0, **SGD,
+    )  # fmt: skip
+    collator = First(Video2LoraProcessor.from_config(model.config), seed=3)
+    trainer = Video2LoraTrainer(model, args, rows[:2], data_collator=collator)
+    assert trainer.train_collator is collator
+    trainer.train()
+    assert int(collator._epoch) == 1
+    plain = make_model(tiny_vlm_dir)
+    batch = next(iter(trainer.get_train_dataloader()))
+    names = ("input_ids", "attention_mask", "labels", "video_inputs", "queries_per_video", "segments_per_adapter")
+    assert len(batch["query_weights"]) > 1
+    expected = plain(**{name: batch[name] for name in names}).query_losses
+    assert losses(trainer)[0] in [pytest.approx(value, rel=1e-5) for value in expected.tolist()]

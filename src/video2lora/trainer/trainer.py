@@ -60,7 +60,8 @@ class Video2LoraTrainer(Trainer):
             `video` may be frames in memory, and items are asked for in the data loader's workers.
         processing_class: the model's processor; by default that of its base with the model's settings, or the one
             beside the model where that holds its base.
-        kwargs: what transformers' Trainer takes.
+        kwargs: what transformers' Trainer takes. A `data_collator` of your own makes the training batches, as its own
+            options say.
     """
 
     args: Video2LoraTrainingArguments
@@ -96,6 +97,9 @@ class Video2LoraTrainer(Trainer):
             num_frames_range=args.num_frames_range,
             **options,
         )
+        collator = kwargs.pop("data_collator", None) or self.train_collator
+        if isinstance(collator, Video2LoraCollator):
+            self.train_collator = collator  # it is told which epoch it is
         self.eval_collator = SkipFillers(Video2LoraCollator(self.processor, training=False, **options))
         self.teacher = _open_teacher(args.teacher)
         if args.n_gpu > 1:
@@ -104,7 +108,7 @@ class Video2LoraTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", self.train_collator),
+            data_collator=collator,
             train_dataset=_as_rows(train_dataset),
             eval_dataset=_as_rows(eval_dataset),
             processing_class=self.processor,
@@ -151,24 +155,24 @@ class Video2LoraTrainer(Trainer):
             return dataset
         return EvenStream(dataset, self.args.eval_batch_size * self.args.world_size)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        """Queries with weight in all batches of a global step, over all processes.
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The weights of all queries of a global step together, over all processes.
 
         The videos left out are counted in the same exchange, so every process sees the same count and stops, or goes
         on, with the others.
         """
         if not batch_samples:
             return None
-        queries = sum(int(batch["query_weights"].sum()) for batch in batch_samples)
+        weight = sum(float(batch["query_weights"].sum()) for batch in batch_samples)
         skipped = [message for batch in batch_samples for message in batch["skipped"]]
         videos = sum(int(batch["num_videos"]) for batch in batch_samples)
         _log_skipped(skipped)
         left_out = len(skipped)
         if self.accelerator.num_processes > 1:  # alone there is nobody to ask, and no device to wait for
-            counts = torch.tensor([[queries, videos, left_out]], device=device)
-            queries, videos, left_out = self.accelerator.gather(counts).sum(0).tolist()
-        self._count(videos, left_out)
-        return max(queries, 1)
+            counts = torch.tensor([[weight, videos, left_out]], dtype=torch.float32, device=device)
+            weight, videos, left_out = self.accelerator.gather(counts).sum(0).tolist()
+        self._count(int(videos), int(left_out))
+        return weight or 1.0
 
     def _count(self, videos: int, skipped: int) -> None:
         """Keep count of the videos left out, and stop when they are too many."""
