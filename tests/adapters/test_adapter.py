@@ -380,6 +380,14 @@ def test_names_are_no_adapters(make_adapter):
     for names in (["clip-lora"], "clip-lora", Path("clip-lora"), [make_adapter(1), "clip-lora"]):
         with pytest.raises(TypeError, match="expected adapters, got a name, 'clip-lora': load it with VideoAdapter"):
             compose_adapters(names)
+    with pytest.raises(TypeError, match="expected adapters .*got NoneType"):
+        compose_adapters([make_adapter(1), None])
+
+
+def test_one_adapter_and_iterators_compose(make_adapter):
+    parts = [make_adapter(1), make_adapter(2)]
+    assert compose_adapters(parts[0]).content_hash == parts[0].content_hash
+    assert compose_adapters(iter(parts)).content_hash == compose_adapters(parts).content_hash
 
 
 def test_truncated_adapters_without_a_static_part_compose(make_adapter):
@@ -445,8 +453,11 @@ def test_truncation_says_what_it_did(adapter):
     (record,) = truncated.provenance.truncations
     assert (record.from_rank, record.to_rank, record.relative_error) == (6, 4, error)
     assert record.static_part_folded and truncated.segments[0].ranks is None
-    for rank in (0, 7):
-        with pytest.raises(AdapterError, match=r"1\.\.6"):
+    assert adapter.truncate(torch.tensor(4))[0].content_hash == truncated.content_hash
+    for rank in (0, -1, 4.0, True, "4"):
+        with pytest.raises(AdapterError, match=f"whole number from 1, got {rank!r}"):
             adapter.truncate(rank)
+    for rank in (6, 32):  # adapters of several ranks are brought to one rank at most
+        assert adapter.truncate(rank) == (adapter, 0.0)
     with pytest.raises(AdapterError, match="does not change 'up_proj' of layer 0"):
         adapter.delta_weight("up_proj", 0)

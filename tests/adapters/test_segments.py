@@ -50,7 +50,25 @@ def test_a_source_is_picked_where_several_videos_were_composed(whole, parts):
     assert whole.select(source="clip-1.mp4").content_hash == compose_adapters([parts[1]]).content_hash
 
 
+def test_videos_of_one_name_are_told_apart_by_their_hash(parts):
+    def named(part: VideoAdapter, sha256: str) -> VideoAdapter:
+        segment = replace(part.segments[0], source="video.mp4", sha256=sha256)
+        return replace(part, provenance=replace(part.provenance, segments=(segment,)))
+
+    one, other = named(parts[0], "12" * 32), named(parts[1], "34" * 32)
+    both = compose_adapters([one, other, parts[2]])
+    with pytest.raises(AdapterError, match=r"2 videos are called video.mp4: .*\(121212121212, 343434343434\)"):
+        both.select(source="videos/video.mp4")
+    assert both.select(source="343434").content_hash == compose_adapters([other]).content_hash
+    assert both.select(15, source="34" * 32).segments[0].sha256 == "34" * 32
+    assert both.select(source="elsewhere/clip-2.mp4").segments[0].source == "clip-2.mp4"
+    assert [segment.source for segment in both.select(5, 15).segments] == ["video.mp4"] * 2  # of every video
+
+
 def test_what_cannot_be_picked(whole):
+    for bounds in ((float("nan"), None), (None, float("nan")), (0, float("inf")), ("1", 2)):
+        with pytest.raises(AdapterError, match="(start|end)=.* is no time: expected finite seconds"):
+            whole.select(*bounds)
     with pytest.raises(
         AdapterError, match=r"no segment lies in 30\.\.40 s .* clip-0.mp4 0\.\.10 s, clip-1.mp4 10\.\.20"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,6 +169,25 @@ def test_generated_parts_are_combined_in_their_own_dtype():
     joined = hypernetwork.combine(generated.to(dtype=torch.bfloat16), [1, 2])
     expected = hypernetwork.combine(generated, [1, 2]).to(dtype=torch.bfloat16)
     assert_same_lora(joined, expected, atol=0)
+
+
+@torch.no_grad()
+def test_batches_of_other_kinds_are_not_combined():
+    hypernetwork = awaken(fresh())
+    good = hypernetwork.generate_weights(torch.randn(1, 3, 6, SMALL["latent_size"]))
+    one_rank = {name: tensor[:, :, :1] for name, tensor in good.lora_A.items()}
+    for other, told in (
+        (replace(good, scaling=good.scaling / 2), "batch 1 .*and scaling"),
+        (good.fold(), "batch 1 .*scaling 1.0"),
+        (replace(good, lora_A=one_rank), "batch 1 .*rank, width"),
+        (
+            replace(good, lora_A={"up_proj": good.lora_A["q_proj"]}, lora_B={"up_proj": good.lora_B["q_proj"]}),
+            "up_proj",
+        ),
+        (good.to(dtype=torch.bfloat16), "torch.bfloat16 on cpu and torch.float32 on cpu: bring them together"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            hypernetwork.combine([good, other])
 
 
 def test_gradients_of_combined_segments_reach_each_once():

@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from torch.nn.functional import cross_entropy
 
-from video2lora.modeling import Video2LoraConfig, Video2LoraModel, merge_lora
+from video2lora.modeling import Video2LoraConfig, Video2LoraModel
 from video2lora.modeling import model as model_module
 
 from .helpers import SMALL, assert_same_lora, assert_unchanged, awaken, merged, num_hooks, snapshot, text_batch
@@ -452,34 +452,6 @@ def test_a_sharded_base_runs_to_its_end(smolvlm, make_model, make_processor, cli
         last.__class__ = type(name, (type(last),), {})
         assert_same_lora(model.internalize(**inputs), expected)
     assert calls == [1]
-
-
-def test_a_base_that_carries_an_adapter_is_not_read(smolvlm, make_model, make_processor, clips):
-    from peft import LoraConfig, get_peft_model
-
-    base = copy.deepcopy(smolvlm.vlm)
-    model = make_model(base)
-    inputs = make_processor(smolvlm)(videos=clips[:1])
-    expected = model.internalize(**inputs)
-    carrying = get_peft_model(base, LoraConfig(target_modules=["down_proj"], init_lora_weights=False))
-    with pytest.raises(ValueError, match="PEFT adapter.*unload"):
-        model.internalize(**inputs)
-    with pytest.raises(ValueError, match="PEFT adapter"):
-        Video2LoraModel.from_vlm(base)
-    with carrying.disable_adapter():
-        assert_same_lora(model.internalize(**inputs), expected)
-    carrying.unload()
-    assert_same_lora(model.internalize(**inputs), expected)
-
-
-def test_a_base_with_an_adapter_merged_into_it_is_not_read(smolvlm, make_model, make_processor, clips):
-    model = make_model(copy.deepcopy(smolvlm.vlm))
-    inputs = make_processor(smolvlm)(videos=clips[:1])
-    with torch.no_grad():
-        expected = model.internalize(**inputs)
-        with merge_lora(model.vlm, model.targets, expected), pytest.raises(ValueError, match="merged into the base"):
-            model.internalize(**inputs)
-        assert_same_lora(model.internalize(**inputs), expected)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["torch.compile", "model.compile"])

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
@@ -18,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..hub_cards.adapter_card import adapter_card
-from ..modeling.injection import merge_lora
+from ..modeling.injection import is_injected, is_merged, merge_lora
 from ..modeling.lora import LoraWeights
 from ..modeling.targets import LoraTargets, base_fingerprint, resolve_targets
 from . import rank_space, storage
@@ -27,6 +28,7 @@ from .errors import AdapterError, AdapterKeyError
 from .layouts import BaseDescription, Layout, check_base, named_tensors, peft_config, to_state_dict
 from .provenance import AdapterProvenance, Segment, Truncation, is_local, public_name, same_repository
 from .rank_space import check_weights
+from .segments import choose_segments, with_ranks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,8 +66,8 @@ class VideoAdapter:
             provenance: what is known of its origin. The base's name is read off `vlm` if none is given (its commit
                 cannot be: transformers does not keep it), and ranks are given to segments without them, the same
                 number to each.
-            copy: have memory of its own. Without, float32 tensors are taken over as they are, views too, and must not
-                be changed afterwards: an hour's adapter is a gigabyte.
+            copy: have memory of its own. Without, float32 tensors may be taken over as they are, views too, and must
+                not be changed afterwards: an hour's adapter is a gigabyte.
 
         Raises:
             AdapterError: not a batch of one, or ranks of segments that do not fit.
@@ -79,11 +81,11 @@ class VideoAdapter:
         targets = targets or resolve_targets(vlm, tuple(weights.lora_A))
         weights = weights[0].detach().to(dtype=torch.float32).fold()
         _check_shapes(weights, targets)
-        if copy:
-            own_memory = {name: tensor.clone() for name, tensor in weights.lora_A.items()}  # not a view of the batch
-            weights = replace(weights, lora_A=own_memory)
+        if copy:  # no views of the batch
+            lora_A, lora_B = ({n: t.clone() for n, t in side.items()} for side in (weights.lora_A, weights.lora_B))
+            weights = replace(weights, lora_A=lora_A, lora_B=lora_B)
         provenance = provenance or AdapterProvenance()
-        segments = _with_ranks(provenance.segments or (Segment(),), weights.ranks[0] - weights.static_rank)
+        segments = with_ranks(provenance.segments or (Segment(),), weights.ranks[0] - weights.static_rank)
         provenance = replace(provenance, segments=segments)
         if provenance.base_model is None:
             provenance = replace(provenance, base_model=_name_of(vlm))
@@ -206,7 +208,8 @@ class VideoAdapter:
 
         Raises:
             BaseMismatchError: `vlm` has not the modules the adapter was made for; it is left as it was.
-            AdapterError: the name is taken, or the base carries adapters outside a `PeftModel`.
+            AdapterError: the name is taken, or the base carries adapters outside a `PeftModel`: PEFT's, or one that is
+                merged or injected for a while.
         """
         model = vlm if isinstance(vlm, PeftModel) else None
         base = vlm if model is None else model.get_base_model()
@@ -216,6 +219,10 @@ class VideoAdapter:
         if model is None and any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise AdapterError("this model carries PEFT adapters already; pass the PeftModel, or a fresh base.")
         self._check_base(base)
+        modules = [base.get_submodule(path) for paths in self.targets.paths.values() for path in paths]
+        plain: list[Any] = [getattr(module, "base_layer", module) for module in modules]
+        if any(is_merged(module.weight) or is_injected(module) for module in plain):
+            raise AdapterError("an adapter is on this base already (merged, or inject_lora): leave its block first.")
         config = self._peft_config("vlm", short_names=False)
         if model is None:
             model = PeftModel(base, config, name)
@@ -284,7 +291,7 @@ class VideoAdapter:
         ranks by it, so the result cannot be composed, nor a segment picked, any more: do that first. With
         `keep_segments` every segment is reduced by itself and the static part stays: what segments get of `rank` is
         shared by what they have to say (their largest singular values, over all layers), or by that and `weights`.
-        At the adapter's own rank nothing changes.
+        An adapter of no larger rank stays as it is.
 
         Args:
             rank: stored rank to reduce to, the static part's included.
@@ -295,19 +302,19 @@ class VideoAdapter:
             The adapter, and the relative error in the Frobenius norm over all its modules.
 
         Raises:
-            AdapterError: `rank` is not in 1..the adapter's rank; or, with `keep_segments`, leaves no rank for a
-                segment, an earlier truncation has mixed them, or the weights are not a positive number for each.
+            AdapterError: `rank` is no whole number from 1; or, with `keep_segments`, leaves no rank for a segment, an
+                earlier truncation has mixed them, or the weights are not a positive number for each.
         """
-        if not 1 <= rank <= self.rank:
-            raise AdapterError(f"rank must lie in 1..{self.rank}, the adapter's own rank; got {rank}.")
+        if not isinstance(rank, SupportsIndex) or isinstance(rank, bool) or index(rank) < 1:
+            raise AdapterError(f"rank must be a whole number from 1, got {rank!r}.")
         if weights is not None and not keep_segments:
             raise AdapterError("weights say how segments share the rank: pass keep_segments=True with them.")
-        if rank == self.rank:
+        rank, segments = index(rank), self.segments
+        factors = check_weights(weights, len(segments))
+        if rank >= self.rank:
             return self, 0.0
-        segments = self.segments
         if keep_segments:
             spans = self._segment_ranks()
-            factors = check_weights(weights, len(spans))
             least = len(spans) + self.static_rank
             if rank < least:
                 raise AdapterError(
@@ -333,22 +340,16 @@ class VideoAdapter:
         It equals the adapter that composing just these segments would have given: the static part stays.
 
         Args:
-            start, end: seconds of the file's time; `end` is exclusive, None is open.
-            source: name of the video, where several were composed.
+            start, end: seconds of the file's time; `end` is exclusive, None is open. Where several videos were
+                composed and `source` names none, of each of them.
+            source: name of a video, where several were composed, or the first digits of its SHA-256.
 
         Raises:
-            AdapterError: no segment lies there, the segments' times are not known, the range is empty, or a
-                truncation has mixed the segments (`truncate(keep_segments=True)` does not).
+            AdapterError: no segment lies there, the segments' times are not known, the range is empty, several videos
+                have this name, or a truncation has mixed the segments (`truncate(keep_segments=True)` does not).
         """
-        if start is not None and end is not None and end <= start:
-            raise AdapterError(f"end={end:g} s is not after start={start:g} s.")
         spans = self._segment_ranks()
-        if (start is not None or end is not None) and any(s.start is None or s.end is None for s in self.segments):
-            raise AdapterError("the adapter does not say which seconds its segments are of.")
-        chosen = [i for i, segment in enumerate(self.segments) if _overlaps(segment, start, end, source)]
-        if not chosen:
-            known = ", ".join(_described(segment) for segment in self.segments)
-            raise AdapterError(f"no segment {_asked_for(start, end, source)}; there are: {known}.")
+        chosen = choose_segments(self.segments, start, end, source)
         ranks = [rank for i in chosen for rank in range(*spans[i])]
         segments, first = [], 0
         for i in chosen:
@@ -440,32 +441,6 @@ def _name_of(vlm: nn.Module) -> str | None:
     return getattr(getattr(vlm, "config", None), "_name_or_path", None) or None
 
 
-def _overlaps(segment: Segment, start: float | None, end: float | None, source: str | None) -> bool:
-    if source is not None and segment.source != source:
-        return False
-    early = end is not None and segment.start is not None and segment.start >= end
-    # a segment of no length (one frame) lies where it starts
-    late = start is not None and segment.end is not None and segment.end <= start and segment.start != start
-    return not early and not late
-
-
-def _asked_for(start: float | None, end: float | None, source: str | None) -> str:
-    """What `select` looked for, as the end of "no segment ..."."""
-    video = source or "the video"
-    if start is None and end is None:
-        return f"is of {video}"
-    if start is None:
-        return f"of {video} begins before {end:g} s"
-    if end is None:
-        return f"of {video} goes on after {start:g} s"
-    return f"lies in {start:g}..{end:g} s of {video}"
-
-
-def _described(segment: Segment) -> str:
-    span = "" if segment.start is None or segment.end is None else f" {segment.start:g}..{segment.end:g} s"
-    return f"{segment.source or 'unnamed video'}{span}"
-
-
 def _check_shapes(weights: LoraWeights, targets: LoraTargets) -> None:
     """Compare tensors with targets, and raise `AdapterKeyError` naming the first that does not fit."""
     layers, rank = len(targets.layer_indices), weights.ranks[0]
@@ -482,23 +457,3 @@ def _check_shapes(weights: LoraWeights, targets: LoraTargets) -> None:
                 )
     if not 0 <= weights.static_rank <= rank:
         raise AdapterError(f"static_rank must lie in 0..{rank}, got {weights.static_rank}.")
-
-
-def _with_ranks(segments: Sequence[Segment], generated_rank: int) -> tuple[Segment, ...]:
-    """Give every segment its ranks: the same number to each, unless they are known already."""
-    if all(segment.ranks is not None for segment in segments):
-        ends = [0, *(segment.ranks[1] for segment in segments if segment.ranks)]
-        starts = [segment.ranks[0] for segment in segments if segment.ranks]
-        if starts != ends[:-1] or ends[-1] != generated_rank:
-            raise AdapterError(
-                f"the segments' ranks {[segment.ranks for segment in segments]} do not cover the {generated_rank} "
-                "generated ranks in order."
-            )
-        return tuple(segments)
-    each, rest = divmod(generated_rank, len(segments))
-    if rest:
-        raise AdapterError(
-            f"{generated_rank} generated ranks cannot be shared equally by {len(segments)} segments; give each "
-            "segment its ranks=(first, past the last)."
-        )
-    return tuple(replace(segment, ranks=(i * each, (i + 1) * each)) for i, segment in enumerate(segments))

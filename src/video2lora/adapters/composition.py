@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ COARSE_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of files that round a static part."""
 
 
-def compose_adapters(adapters: Sequence[VideoAdapter], *, weights: Sequence[float] | None = None) -> VideoAdapter:
+def compose_adapters(adapters: Iterable[VideoAdapter], *, weights: Sequence[float] | None = None) -> VideoAdapter:
     """Put several adapters of one base and one hypernetwork together, the static part counted once.
 
     Generated ranks are concatenated in the order given, so n adapters of rank 2r give rank (n + 1) r and
@@ -32,18 +33,17 @@ def compose_adapters(adapters: Sequence[VideoAdapter], *, weights: Sequence[floa
         weights: a factor for each one's generated part; 1 by default.
 
     Raises:
-        TypeError: a name in place of an adapter.
+        TypeError: something else in place of an adapter, such as its name.
         CompositionError: nothing to compose, different bases, static parts of different hypernetworks, or an adapter
             whose static part a truncation has mixed into its ranks (it would count more than once).
     """
-    _check_no_names(adapters)
-    if not adapters:
-        raise CompositionError("expected at least one adapter to compose, got none.")
-    factors = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    adapters = _as_adapters(adapters)
+    factors = [1.0] * len(adapters) if weights is None else list(weights)
     if len(factors) != len(adapters):
         raise CompositionError(f"got {len(factors)} weights for {len(adapters)} adapters.")
-    if not all(map(math.isfinite, factors)):
-        raise CompositionError(f"weights must be finite, got {factors}.")
+    if not all(isinstance(factor, Real) and math.isfinite(factor) for factor in factors):
+        raise CompositionError(f"weights must be finite numbers, got {factors}.")
+    factors = [float(factor) for factor in factors]
     first = adapters[0]
     for position, adapter in enumerate(adapters):
         _check_composable(first, adapter, position, alone=len(adapters) == 1 and factors == [1.0])
@@ -92,14 +92,26 @@ def _check_composable(first: VideoAdapter, other: VideoAdapter, position: int, *
         )
 
 
-def _check_no_names(adapters: Sequence[object]) -> None:
-    """Raise `TypeError` for a name in place of an adapter, as `generate` does."""
-    for item in [adapters] if isinstance(adapters, (str, Path)) else adapters:
-        if isinstance(item, (str, Path)):
+def _as_adapters(adapters: Iterable[VideoAdapter]) -> list[VideoAdapter]:
+    """Adapters as a list, one or more.
+
+    Raises:
+        TypeError: something else is among them.
+        CompositionError: there are none.
+    """
+    single = isinstance(adapters, VideoAdapter | str | Path)
+    given: list[VideoAdapter] = [adapters] if single else list(adapters)  # type: ignore[list-item]
+    for item in given:
+        if isinstance(item, str | Path):
             name = repr(str(item))
             raise TypeError(
                 f"expected adapters, got a name, {name}: load it with VideoAdapter.from_pretrained({name})."
             )
+        if not isinstance(item, VideoAdapter):
+            raise TypeError(f"expected adapters (VideoAdapter), got {type(item).__name__}.")
+    if not given:
+        raise CompositionError("expected at least one adapter to compose, got none.")
+    return given
 
 
 def _most_precise(adapters: Sequence[VideoAdapter]) -> int:

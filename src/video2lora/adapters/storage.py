@@ -248,7 +248,7 @@ def read_directory(directory: Path) -> StoredAdapter:
     _check_config(directory / CONFIG_FILE, config, peft_config_dict(peft_config(targets, base, layout, rank)))
     state = _read_tensors(directory / WEIGHTS_FILE, key_shapes(targets, base, layout, rank))
     weights = from_state_dict(state, targets, base, layout, rank, static_rank)
-    if content_hash(layout_state_dict(weights, targets, base, "vlm")) != expected_hash:
+    if content_hash(named_tensors(weights, targets, base, "vlm")) != expected_hash:
         raise AdapterFormatError(
             f"{directory / WEIGHTS_FILE} is not the file that {PROVENANCE_FILE} beside it describes: their hashes "
             "differ. Fetch or make the adapter again."

@@ -208,9 +208,11 @@ class Hypernetwork(nn.Module):
             batch filled with zero rows at the end.
 
         Raises:
-            ValueError: the counts do not add up to the number of segments.
+            ValueError: the counts do not add up to the number of segments, or a batch is not what
+                [`generate_weights`] returns, or has another dtype or device than the first.
         """
         parts = [generated] if isinstance(generated, LoraWeights) else list(generated)
+        self._check_generated(parts)
         ends = [0, *accumulate(map(len, parts))]
         counts = [1] * ends[-1] if segments_per_adapter is None else [int(n) for n in segments_per_adapter]
         if sum(counts) != ends[-1] or min(counts, default=0) < 1:
@@ -245,6 +247,22 @@ class Hypernetwork(nn.Module):
             tuple(count * self.rank + static_rank for count in counts),
             static_rank,
         )
+
+    def _check_generated(self, parts: Sequence[LoraWeights]) -> None:
+        """Raise `ValueError` for a batch of other modules, sizes or scaling than this hypernetwork generates."""
+        sizes = (self.num_layers, self.rank)
+        expected = {n: ((*sizes, self.in_features[n]), (*sizes, self.out_features[n])) for n in self.module_names}
+        places = []
+        for number, part in enumerate(parts):
+            shapes = {n: (tuple(a.shape[1:]), tuple(part.lora_B[n].shape[1:])) for n, a in part.lora_A.items()}
+            if shapes != expected or part.scaling != self.scaling:
+                raise ValueError(
+                    f"batch {number} of generated adapters has (layers, rank, width) {shapes} and scaling "
+                    f"{part.scaling}; this hypernetwork's have {expected} and {self.scaling}."
+                )
+            places += [f"{tensor.dtype} on {tensor.device}" for tensor in part.lora_A.values()]
+        if len(set(places)) > 1:
+            raise ValueError(f"generated adapters are {' and '.join(sorted(set(places)))}: bring them together first.")
 
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, segments_per_adapter: Sequence[int] | None = None

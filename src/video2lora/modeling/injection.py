@@ -31,6 +31,7 @@ def inject_lora(
 
     Forward hooks add `scaling * lora_B^T (lora_A x)` to the target modules' outputs; no weight is copied or changed,
     gradients flow into `weights`. It acts only in the thread that entered it, so several threads can share one base.
+    Blocks inside each other add up, the static part of each included.
 
     `torch.compile` sees through it: the adapters are inputs of the graph, so others of the same shapes need no new
     one, and a graph without adapters is not taken for one with them. Opened under `torch.no_grad()`, adapters lie
@@ -47,8 +48,12 @@ def inject_lora(
 
     Raises:
         ValueError: the adapters do not fit the targets, or, inside the block, the batch does not fit the adapters.
+        RuntimeError: an adapter is merged into these weights: answers would be of both.
     """
     _check_fit(targets, weights)
+    modules = {name: [vlm.get_submodule(path) for path in paths] for name, paths in targets.paths.items()}
+    if any(id(module.weight) in _merged for several in modules.values() for module in several):
+        raise RuntimeError(_MERGED)
     counts = (
         [queries_per_adapter] * len(weights) if isinstance(queries_per_adapter, int) else list(queries_per_adapter)
     )
@@ -56,7 +61,6 @@ def inject_lora(
         raise ValueError(
             f"queries_per_adapter {counts} must hold a positive number for each of {len(weights)} adapters."
         )
-    modules = {name: [vlm.get_submodule(path) for path in paths] for name, paths in targets.paths.items()}
     injection = _Injection(modules, weights, counts)
     try:
         _open.add(injection)
@@ -83,18 +87,21 @@ def merge_lora(vlm: nn.Module, targets: LoraTargets, weights: LoraWeights) -> It
     Raises:
         ValueError: not one adapter, or it does not fit the targets; or the base is quantised, its weights not numbers
             one can add to.
-        RuntimeError: an adapter is merged into these weights already. Two would count the static part twice, and two
-            threads that leave in the order they came would give back each other's weights.
+        RuntimeError: an adapter is on these weights already, merged or, in any thread, injected. Two would count the
+            static part twice, and two threads that leave in the order they came would give back each other's weights.
     """
     _check_fit(targets, weights)
     if len(weights) != 1:
         raise ValueError(f"expected one adapter to merge, got {len(weights)}: weights hold one at a time.")
-    changed = {id(vlm.get_submodule(path).weight) for paths in targets.paths.values() for path in paths}
+    modules = [vlm.get_submodule(path) for paths in targets.paths.values() for path in paths]
+    changed = {id(module.weight) for module in modules}
     with _merging:
         if changed & _merged:
+            raise RuntimeError(_MERGED)
+        if any(id(module) in injection.deltas for injection in _open.injections for module in modules):
             raise RuntimeError(
-                "an adapter is merged into this base already: leave its block first, merge compose_adapters([...]) of "
-                "both, or give every worker a base of its own."
+                "adapters are injected into this base (inject_lora, or a call of generate in another thread), whose "
+                "answers would be of both: leave that block first, or give every worker a base of its own."
             )
         _merged.update(changed)
     originals: list[tuple[Tensor, Tensor]] = []
@@ -125,6 +132,16 @@ def is_merged(weight: Tensor) -> bool:
     return id(weight) in _merged
 
 
+def is_injected(module: nn.Module) -> bool:
+    """Whether an open block of [`inject_lora`] adapts this module in this thread."""
+    thread = threading.get_ident()
+    return any(id(module) in other.deltas and other.thread == thread for other in _open.injections)
+
+
+_MERGED = (
+    "an adapter is merged into this base already: leave its block first, merge compose_adapters([...]) of both, or "
+    "give every worker a base of its own."
+)
 _merging = threading.RLock()  # garbage collection may close an abandoned block inside it
 _merged: set[int] = set()  # the ids of weights that an open block has changed
 

@@ -66,6 +66,8 @@ class LoraWeights:
 
     def fold(self) -> LoraWeights:
         """The same adapters with `scaling` multiplied into `lora_B` in float32, so that the multiplier left is 1."""
+        if self.scaling == 1:
+            return self
         lora_B = {name: (b.float() * self.scaling).to(b.dtype) for name, b in self.lora_B.items()}
         return LoraWeights(self.lora_A, lora_B, 1.0, self.ranks, self.static_rank)
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.utils import ModelOutput
 from .checkpoint import Video2LoraPreTrainedModel
 from .configuration import Video2LoraConfig
 from .hypernetwork import Hypernetwork, Padding
-from .injection import inject_lora, is_merged
+from .injection import inject_lora, is_injected, is_merged
 from .lengths import length_groups
 from .lora import LoraWeights, stack_lora
 from .streaming import keep_rope_deltas, stream_hidden_states
@@ -139,25 +140,32 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             video_inputs: as in [`internalize`].
 
         Raises:
-            ValueError: the base carries a PEFT adapter, or one that is merged for a while.
+            ValueError: the base carries an adapter: PEFT's, or one that is merged or injected for a while.
         """
-        self._check_plain_base()
+        self._check_plain_base("videos would be read by another model than the hypernetwork was made for")
         return self.hypernetwork.generate_weights(self._embed_layers(video_inputs))
 
-    def _check_plain_base(self) -> None:
-        """Refuse to read a video through a base that carries an adapter: its hidden states are not the base's."""
+    def _check_plain_base(self, consequence: str) -> None:
+        """Refuse a base that carries an adapter already.
+
+        Raises:
+            ValueError: it does; `consequence` says in the message what that would lead to.
+        """
         for paths in self.targets.paths.values():
-            module = self.vlm.get_submodule(paths[0])
+            module: Any = self.vlm.get_submodule(paths[0])
             if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
                 raise ValueError(
-                    f"the base carries a PEFT adapter at {paths[0]}, so videos would be read by another model than "
-                    "the hypernetwork was made for: unload() the PeftModel, or attach adapters to a base of their own."
+                    f"the base carries a PEFT adapter at {paths[0]}, so {consequence}: unload() the PeftModel, or "
+                    "attach adapters to a base of their own."
                 )
-            weight: Any = module.weight
-            if is_merged(weight):
+            if is_merged(module.weight):
                 raise ValueError(
-                    "an adapter is merged into the base, so videos would be read by another model than the "
-                    "hypernetwork was made for: leave its block first, or merge into a base of its own."
+                    f"an adapter is merged into the base, so {consequence}: leave its block first, or merge into a "
+                    "base of its own."
+                )
+            if is_injected(module):
+                raise ValueError(
+                    f"adapters are injected into the base (inject_lora), so {consequence}: leave their block first."
                 )
 
     def _embed_layers(self, video_inputs: Mapping[str, Tensor]) -> Tensor:
@@ -369,9 +377,13 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             counts = counts * len(lora)
         if sum(counts) != total:
             given = f"{total} rows" if isinstance(rows, int) else f"{total} turns"
-            raise ValueError(f"queries {counts} of {len(lora)} adapters do not add up to the {given} given.")
+            raise ValueError(
+                f"queries {counts} of {len(lora)} adapters do not add up to the {given} given: say how many "
+                "consecutive ones each adapter has (queries_per_adapter of generate, queries_per_video of forward)."
+            )
         if not isinstance(rows, int):
             counts = rows_per_video(rows, counts)
+        self._check_plain_base("answers would be of both adapters")
         return inject_lora(self.vlm, self.targets, lora, counts)
 
     def _as_lora(self, adapters: LoraWeights | Sequence[Any] | None) -> LoraWeights | None:
@@ -380,9 +392,15 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
             return adapters
         if hasattr(adapters, "weights"):
             adapters = [adapters]
-        if isinstance(adapters, str) or any(isinstance(item, str) for item in adapters):
-            raise TypeError("expected adapters, got a name: load it with VideoAdapter.from_pretrained(name).")
-        return stack_lora([item if isinstance(item, LoraWeights) else item.weights for item in adapters])
+        if isinstance(adapters, str | PathLike):
+            adapters = [adapters]
+        weights = [getattr(item, "weights", item) for item in adapters]
+        for item in weights:
+            if isinstance(item, str | PathLike):
+                raise TypeError(f"expected adapters, got a name, {item!r}: load it with VideoAdapter.")
+            if not isinstance(item, LoraWeights):
+                raise TypeError(f"expected adapters (VideoAdapter or LoraWeights), got {type(item).__name__}.")
+        return stack_lora(weights)
 
 
 def _as_counts(counts: int | Sequence[int] | Tensor | None) -> list[int] | None:
