@@ -203,6 +203,16 @@ def test_runs_stop_go_on_and_make_a_table(modules, vlm_folder, prepared, tmp_pat
     assert "Not run yet: seed_0" in page and "Nothing can be claimed" in page
     assert "| video in context |" in page and "| kl | target (cross-entropy) |" in page
     assert (tmp_path / "ablations.png").exists()
+    with pytest.raises(SystemExit, match="ablations.md is there already.*--overwrite"):
+        call(modules.ablate, "table", prepared, "-o", tmp_path / "ablations.md")
+    call(modules.ablate, "table", prepared, "-o", tmp_path / "ablations.md", "--overwrite")
+    assert (tmp_path / "ablations.md").read_text() == page
+    # a result of a variant that is another one now is not mixed with the others
+    file = prepared / "results" / "kl.json"
+    file.write_text(json.dumps(result | {"variant": result["variant"] | {"answers": "own"}}))
+    with pytest.raises(SystemExit, match="kl.json is of .*'own'.*choose another folder"):
+        call(modules.ablate, *run)
+    file.write_text(json.dumps(result))
 
 
 def test_other_settings_or_another_base_are_refused(modules, vlm_folder, prepared, tmp_path):
@@ -213,6 +223,10 @@ def test_other_settings_or_another_base_are_refused(modules, vlm_folder, prepare
     (other / "model.safetensors").write_bytes(b"another")
     with pytest.raises(SystemExit, match="prepared otherwise"):
         call(modules.ablate, "run", other, "-o", prepared)
+    for command in ("prepare", "run"):
+        with pytest.raises(SystemExit, match="nowhere has no model.safetensors: expected the folder of stage 1"):
+            call(modules.ablate, command, tmp_path / "nowhere", "-o", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(SystemExit, match="prepare"):
         call(modules.ablate, "run", vlm_folder, "-o", tmp_path / "nothing")
 

@@ -144,6 +144,8 @@ def test_every_run_runs_and_goes_on(recipe, checkpoint, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="declares other runs"):
         prove(recipe, monkeypatch, "run", checkpoint, "-o", tmp_path / "proof")
     prove(recipe, monkeypatch, "report", tmp_path / "proof", "-o", tmp_path / "results.md")
+    with pytest.raises(SystemExit, match="results.md is there already.*--overwrite"):
+        prove(recipe, monkeypatch, "report", tmp_path / "proof", "-o", tmp_path / "results.md")
     page = (tmp_path / "results.md").read_text()
     assert "| main | test | 12 of 12 | video, 64 | 4 |" in page and "Not run" not in page
     assert {path.name for path in tmp_path.glob("*.png")} >= {"main_accuracy.png", "frames_accuracy.png"}

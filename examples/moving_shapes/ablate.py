@@ -2,7 +2,7 @@
 
     python ablate.py prepare runs/vlm -o runs/ablations              the clips that all variants see, once
     python ablate.py run runs/vlm -o runs/ablations --minutes 9      all variants; --only rank_2 seed_1 for some
-    python ablate.py table runs/ablations -o ablations.md
+    python ablate.py table runs/ablations -o runs/ablations.md
 
 Each goes on where it was stopped when it is started again. What is run stands in `VARIANTS`, before any run.
 """
@@ -84,6 +84,8 @@ VARIANTS: dict[str, Variant] = {
 
 def main() -> None:
     options = parse()
+    if options.command != "table" and not (options.vlm / "model.safetensors").is_file():
+        raise SystemExit(f"{options.vlm} has no model.safetensors: expected the folder of stage 1, such as vlm.")
     until = time.time() + 60 * getattr(options, "minutes", 0.0)
     if options.command == "prepare":
         prepare(options, until)
@@ -95,7 +97,9 @@ def main() -> None:
         run_variant(options)
     else:
         from ablate_table import write_table
+        from results_text import check_free
 
+        check_free(options.output, options.overwrite)
         write_table(options.folder, VARIANTS, options.output)
 
 
@@ -124,6 +128,7 @@ def parse() -> argparse.Namespace:
     table = commands.add_parser("table", help="what came out")
     table.add_argument("folder", type=Path)
     table.add_argument("-o", "--output", type=Path, default=Path("ablations.md"))
+    table.add_argument("--overwrite", action="store_true", help="replace a page that is there already")
     return parser.parse_args()
 
 
@@ -180,6 +185,8 @@ def run_variants(options: argparse.Namespace, until: float) -> list[str]:
     """Run the variants that have no result, several processes on each GPU; return those that failed."""
     write_settings(options.output, options.vlm, read_budget(options.output, options.only))  # of the same base
     names = sorted(options.only, key=lambda name: -VARIANTS[name].cost)
+    for name in names:
+        check_result(options.output, name)
     waiting = [name for name in names if not result_file(options.output, name).exists()]
     free = visible_gpus() * options.parallel
     running: dict[str, tuple[subprocess.Popen, str | None]] = {}
@@ -198,7 +205,8 @@ def run_variants(options: argparse.Namespace, until: float) -> list[str]:
                 print(f"{name}: {last_line(log_file(options.output, name))}", flush=True)
         time.sleep(0.2)
     left = [name for name in names if not result_file(options.output, name).exists()]
-    print(f"{len(names) - len(left)} of {len(names)} done.", flush=True)
+    hint = ": start it again to go on" if left and not failed else ""
+    print(f"{len(names) - len(left)} of {len(names)} done{hint}.", flush=True)
     return failed
 
 
@@ -231,6 +239,25 @@ def visible_gpus() -> list[str | None]:
 
 def result_file(folder: Path, name: str) -> Path:
     return folder / "results" / f"{name}.json"
+
+
+def described(name: str) -> dict[str, Any]:
+    """What a variant is, as its result notes it."""
+    variant = VARIANTS[name]
+    options = [*DEFAULT, *variant.options]
+    return {"options": options, "composition": variant.composition, "answers": variant.answers}
+
+
+def check_result(folder: Path, name: str) -> None:
+    """Refuse a result of a variant that was another one then.
+
+    Raises:
+        SystemExit: it was.
+    """
+    path = result_file(folder, name)
+    found = json.loads(path.read_text()).get("variant") if path.exists() else None
+    if found not in (None, described(name)):
+        raise SystemExit(f"{path} is of {found}, and {name} is {described(name)} now: choose another folder.")
 
 
 def log_file(folder: Path, name: str) -> Path:
@@ -271,6 +298,7 @@ def run_variant(options: argparse.Namespace) -> None:
             print(f"stopped at step {step} of {budget.steps}", flush=True)
             return
         result = measure(trainer, data, budget) | {"seconds": seconds, "beside": options.beside, "steps": step}
+        result["variant"] = described(name)
         result["loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         write_json(result_file(folder, name), result)
         shutil.rmtree(output)  # the lock of a run that is done is of no use

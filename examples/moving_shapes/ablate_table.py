@@ -80,8 +80,11 @@ def write_table(folder: Path, variants: Mapping[str, Any], output: Path) -> None
     results = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
     if not results:
         raise SystemExit(f"no result in {folder / 'results'}: run `ablate.py run` first.")
-    budget = Budget(**json.loads((folder / SETTINGS).read_text())["budget"])
-    base = json.loads((folder / "results" / "base.json").read_text())
+    prepared, blind = folder / SETTINGS, folder / "results" / "base.json"
+    for path in (prepared, blind):
+        if not path.exists():
+            raise SystemExit(f"{path} is missing, which `ablate.py prepare` writes: run it to its end.")
+    budget, base = Budget(**json.loads(prepared.read_text())["budget"]), json.loads(blind.read_text())
     seeds = [name for name in results if not variants[name].subject]
     noise = {
         (form, kind): Noise(tuple(accuracy(results[name]["accuracy"], form, tasks) for name in seeds))
@@ -93,6 +96,7 @@ def write_table(folder: Path, variants: Mapping[str, Any], output: Path) -> None
     parts = ["# Moving shapes: ablations", setting(budget, results)]
     parts += [f"Not run yet: {', '.join(missing)}."] if missing else []
     parts += hardly_learnt([results[name]["accuracy"] for name in seeds], base)
+    parts += below_the_base([results[name]["accuracy"] for name in seeds], base)
     parts += [main_table(variants, results, base, noise), f"![Ablations]({plot.name})"]
     parts += ["## What differs by more than the seeds do", *claims(variants, results, noise)]
     parts += [part for form in FORMS for part in (f"## By task: {form}", task_table(variants, results, base, form))]
@@ -114,8 +118,9 @@ def setting(budget: Budget, results: Mapping[str, Any]) -> str:
     asked = sum(count for _, count in next(iter(results.values()))["accuracy"][WHOLE].values())
     clips = budget.validation_batches * budget.clips
     return (
-        f"One thing is changed at a time. Every run: {budget.steps} steps of {budget.clips} clips, {budget.queries} "
-        "questions about each (one, of its caption, where only captions are asked for), learning rate "
+        "One option is changed at a time (a rank brings its multiplier along, 2 rank^1.5: 5.7 at 2, 128 at 16). Every "
+        f"run: {budget.steps} steps of {budget.clips} clips, {budget.queries} questions about each "
+        "(one, of its caption, where only captions are asked for), learning rate "
         f"{', '.join(map(str, rates))}; {FRAMES} frames of clips of {CLIP_FRAMES} seconds, {CUT:.0%} of them given as "
         f"2 to {MAX_SEGMENTS} segments of {FRAMES} frames each. All runs see the very same clips, in an order that "
         f"the seed decides. Scored on {asked} questions about {clips} validation clips, whole and composed of "
@@ -140,6 +145,20 @@ def hardly_learnt(seeds: Sequence[Accuracy], base: Mapping[str, Accuracy]) -> li
         "sees nothing. What differs here differs early in training, and need not after more of it."
     )
     return [told]
+
+
+def below_the_base(seeds: Sequence[Accuracy], base: Mapping[str, Accuracy]) -> list[str]:
+    """Whether adapters are worse than nothing at what was never trained."""
+    if not seeds:
+        return []
+    own = float(np.mean([accuracy(each, WHOLE, HELD_OUT_TASKS) for each in seeds]))
+    blind = accuracy(base["no adapter"], WHOLE, HELD_OUT_TASKS)
+    if not own < blind:
+        return []
+    told = (
+        f"Of what was never trained the default gets {own:.3f}, less than the base that sees nothing ({blind:.3f}): "
+    )
+    return [told + "an adapter answers with what it was trained to say."]
 
 
 def main_table(

@@ -94,10 +94,13 @@ def main() -> None:
     report.add_argument("runs", type=Path)
     report.add_argument("-o", "--output", type=Path, default=Path("results.md"))
     report.add_argument("--captions-only", type=Path, help="the folder of a hypernetwork trained on captions only")
+    report.add_argument("--overwrite", action="store_true", help="replace a page that is there already")
     options = parser.parse_args()
     if options.command == "report":
         from results import write_results
+        from results_text import check_free
 
+        check_free(options.output, options.overwrite)
         write_results(options.runs, options.output, options.captions_only)
         return
     runs = declare(options.output, options.clips)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from proof_plots import LABELS
 from proof_runs import backwards, segments_of
@@ -46,3 +47,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1, 
     marks = ["---:" if place in numbers else "---" for place in range(len(header))]
     cleaned = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(header), marks, *cleaned])
+
+
+def check_free(page: Path, overwrite: bool) -> None:
+    """Leave a page that is there already as it is.
+
+    Raises:
+        SystemExit: there is one, and nobody said that it may be replaced.
+    """
+    if page.exists() and not overwrite:
+        raise SystemExit(f"{page} is there already: name another with -o, or replace it with --overwrite.")
