@@ -61,7 +61,8 @@ class Truncation:
     Attributes:
         from_rank: stored rank before.
         to_rank: stored rank after.
-        relative_error: Frobenius norm of what was lost over that of the whole change.
+        relative_error: Frobenius norm of what this reduction lost over that of the whole change before it; ranks that
+            are shared as chunks come (`max_rank`) are reduced many times.
         static_part_folded: whether a static part was mixed into the ranks, so that it can no longer be told apart.
     """
 
