@@ -188,8 +188,9 @@ def test_leftovers_of_the_dead_are_removed_but_not_work_under_way(store, make_ad
 
 
 def test_bad_arguments(tmp_path, store, make_adapter):
-    with pytest.raises(AdapterError, match="max_bytes must be positive"):
-        VideoAdapterStore(tmp_path, max_bytes=0)
+    for limit in (0, -1, float("nan"), float("inf"), "10GB"):
+        with pytest.raises(AdapterError, match=f"max_bytes must be a number of bytes above 0, or None, got {limit!r}"):
+            VideoAdapterStore(tmp_path, max_bytes=limit)
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match="is a file"):
         VideoAdapterStore(tmp_path / "file")

@@ -112,6 +112,8 @@ CASES: dict[str, tuple[Callable[[Bench], list[object]], list[str]]] = {
     "zero frames": (lambda b: b.internalize(b.clip, "--num-frames", 0), ["num_frames=0"]),
     "frames and fps": (lambda b: b.internalize(b.clip, "--num-frames", 2, "--fps", 1), ["num_frames=2", "fps=1.0"]),
     "no chunk": (lambda b: b.internalize(b.clip, "--chunk-seconds", 0), ["chunk_seconds", "0.0"]),
+    "endless chunk": (lambda b: b.internalize(b.clip, "--chunk-seconds", "inf"), ["clip.mp4", "chunk_seconds=inf"]),
+    "chunk of nan": (lambda b: b.internalize(b.clip, "--chunk-seconds", "nan"), ["chunk_seconds=nan"]),
     "no batch": (lambda b: b.internalize(b.clip, "--batch-size", 0), ["--batch-size", "0"]),
     "device": (lambda b: b.internalize(b.clip, "--device", "toaster"), ["toaster"]),
     "same name": (

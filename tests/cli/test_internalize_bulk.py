@@ -102,6 +102,17 @@ def test_rows_and_datasets(run: Run, clips: Path, model_dir: Path, tmp_path: Pat
     assert line["video"] == "inside.mp4" and line["adapter"].startswith("inside-")
 
 
+def test_copies_are_told_from_what_was_there(run: Run, clips: Path, model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copy(clips / "a.mp4", tmp_path / "in" / f"{name}.mp4")
+    options = ["-m", model_dir, "-o", tmp_path / "out", "--num-frames", 2]
+    first, again = (" ".join(run("internalize", tmp_path / "in", *options).stdout.split()) for _ in range(2))
+    assert "made 1 already there 0 same bytes as another 2 skipped 0" in first
+    assert "made 0 already there 3 skipped 0" in again
+    assert len({line["adapter"] for line in _index(tmp_path / "out")}) == 1
+
+
 def test_shards_and_a_store(run: Run, clips: Path, model_dir: Path, tmp_path: Path) -> None:
     options = ["-m", model_dir, "--num-frames", 2, "--store", tmp_path / "store", "--json"]
     for part in (1, 2):
@@ -136,6 +147,10 @@ def test_files_by_name_are_a_bulk_run_if_bulk_options_say_so(
         (["--num-frames", 0], "num_frames=0"),
         (["--num-frames", 2, "--fps", 1], "fps=1.0"),
         (["--chunk-seconds", 0], "chunk_seconds"),
+        (["--chunk-seconds", "nan"], "chunk_seconds=nan"),
+        (["--chunk-seconds", "inf"], "chunk_seconds=inf"),
+        (["--chunk-seconds", 1, "--max-rank", 1], "leaves no rank"),
+        (["--longest-edge", 0], "longest_edge=0"),
         (["--max-rank", 9], "--chunk-seconds"),
         (["--device", "toaster"], "toaster"),
     ],

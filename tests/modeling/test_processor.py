@@ -328,3 +328,14 @@ def test_preparing_says_nothing(families, make_processor, family):
     finally:
         logger.removeHandler(handler)
     assert said[known:] == []  # some things may be said once
+
+
+def test_frames_that_are_sampled_are_not_sampled_again(smolvlm, make_processor, clips):
+    from video2lora.video import VideoError
+
+    processor = make_processor(smolvlm)
+    frames = processor.load_video(clips[0], fps=1)
+    assert processor.load_video(frames) is frames and processor(videos=[frames])["pixel_values"].shape[0] == 1
+    for options, told in (({"num_frames": 2, "end": 1.0}, "num_frames, end"), ({"longest_edge": 8}, "longest_edge")):
+        with pytest.raises(VideoError, match=f"sampled already, so {told} cannot be applied"):
+            processor(videos=[frames], **options)

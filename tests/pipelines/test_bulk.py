@@ -121,6 +121,29 @@ def test_what_made_an_adapter_counts_not_its_name(
     assert (out / old["adapter"]).is_dir()  # no longer listed, but nothing is deleted unasked
 
 
+def test_copies_share_an_adapter_whichever_is_read_first(pipe: Any, clips: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        shutil.copy(clips / f"{'d' if number == 3 else 'c'}.mp4", tmp_path / f"{number}.mp4")
+    for batch_size in (1, 4):
+        out, store = tmp_path / f"out-{batch_size}", VideoAdapterStore(tmp_path / f"store-{batch_size}")
+        summary = internalize_many(pipe, tmp_path, out, batch_size=batch_size, store=store)
+        assert counts_of(summary) == (2, 0, 0, 0) and summary.num_shared == 3
+        assert "2 made, 0 already there, 3 of the same bytes as another, 0 skipped" in str(summary)
+        assert len({line["adapter"] for line in index_of(out)}) == 2
+        assert counts_of(internalize_many(pipe, tmp_path, out, store=store)) == (0, 0, 5, 0)
+
+
+def test_what_comes_from_a_store_goes_by_the_name_it_has_now(pipe: Any, clips: Path, tmp_path: Path) -> None:
+    store = VideoAdapterStore(tmp_path / "store")
+    pipe(str(clips / "c.mp4"), store=store)
+    shutil.copy(clips / "c.mp4", tmp_path / "renamed.mp4")
+    summary = internalize_many(pipe, tmp_path / "renamed.mp4", tmp_path / "out", store=store)
+    (line,) = index_of(tmp_path / "out")
+    assert counts_of(summary) == (0, 1, 0, 0) and line["adapter"].startswith("renamed-")
+    found = VideoAdapter.from_pretrained(tmp_path / "out" / line["adapter"])
+    assert found.select(source="renamed.mp4").content_hash == line["content_hash"]
+
+
 def test_a_video_that_changes_and_keeps_size_and_name_is_noticed(pipe: Any, clips: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "clips", tmp_path / "out"
     folder.mkdir()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from video2lora import VideoError
 from video2lora.adapters.errors import OutputExistsError
 from video2lora.data import DatasetError
 from video2lora.pipelines.bulk import internalize_many
@@ -38,6 +39,21 @@ def test_bad_files_are_skipped_named_and_tried_again(
     (folder / "empty.mp4").unlink(), (folder / "gone.mp4").unlink()
     assert counts_of(internalize_many(pipe, folder, out, **OPTIONS)) == (1, 0, 6, 0)
     assert not (out / "skipped.jsonl").exists() and len(index_of(out)) == 7
+
+
+def test_a_bad_row_is_named_once_and_a_missing_file_as_the_pipeline_does(
+    pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"video": "gone.mp4"}\n{"prompt": "of no video"}\n')
+    internalize_many(pipe, tmp_path / "rows.jsonl", tmp_path / "out", **OPTIONS)
+    gone = tmp_path / "gone.mp4"
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{gone} is skipped: no such file: {gone}. Check the path.",
+        "rows.jsonl:2 is skipped: there is no video.",
+    ]
+    with pytest.raises(VideoError) as told:
+        pipe(str(gone))
+    assert lines_of(tmp_path / "out" / "skipped.jsonl")[0]["error"] == str(told.value)
 
 
 def test_too_many_bad_files_stop_the_run_if_wanted(pipe: Any, clips: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,12 @@ class VideoAdapterStore:
         max_bytes: the entries that were not used for the longest time go when all together are larger (bytes on disk).
 
     Raises:
-        AdapterError: `max_bytes` is not positive, or `directory` is a file.
+        AdapterError: `max_bytes` is no number above 0, or `directory` is a file.
     """
 
     def __init__(self, directory: str | Path, *, max_bytes: int | None = None) -> None:
-        if max_bytes is not None and max_bytes <= 0:
-            raise AdapterError(f"max_bytes must be positive or None, got {max_bytes}.")
+        if max_bytes is not None and not (isinstance(max_bytes, Real) and 0 < max_bytes < math.inf):
+            raise AdapterError(f"max_bytes must be a number of bytes above 0, or None, got {max_bytes!r}.")
         self.directory, self.max_bytes = Path(directory).expanduser().resolve(), max_bytes
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def internalize(
         return
     targets = _targets(videos, output)
     _check_outputs(targets, overwrite)
-    _check_videos(videos, **sampling)
+    _check_videos(videos, chunk_seconds, **sampling)
     from ._models import load_pipeline
 
     pipeline = load_pipeline(model, revision=revision, device=device)
@@ -158,7 +158,7 @@ def _internalize_bulk(
     try:
         # before a model is loaded
         check_folder(output)
-        names = ("num_frames", "fps", "start", "end")
+        names = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds")
         check_request(**{name: options.get(name) for name in names}, source="every video")
         for video in videos:
             if kind_of(video) == "rows" and not Path(video).is_file():
@@ -185,6 +185,7 @@ def _show_summary(summary: BulkSummary, model: str, json: bool) -> None:
             "made": summary.num_made,
             "from the store": summary.num_from_store or None,
             "already there": summary.num_found,
+            "same bytes as another": summary.num_shared or None,
             "skipped": skipped,
             "seconds": f"{summary.seconds:.1f}",
             "videos/s": f"{summary.videos_per_second:.2f}",
@@ -236,13 +237,13 @@ def _check_outputs(targets: list[Path], overwrite: bool) -> None:
         check_output(target, overwrite=overwrite, replaceable=replaceable, kind="a video2lora adapter")
 
 
-def _check_videos(videos: list[str], longest_edge: int | None, **sampling: Any) -> None:
+def _check_videos(videos: list[str], chunk_seconds: float | None, longest_edge: int | None, **sampling: Any) -> None:
     """Refuse, before a model is loaded, what no model could read."""
     from ..video import VideoReader
     from ..video.sampling import check_request, select_frames
 
     for video in videos:
-        check_request(**sampling, source=video)
+        check_request(**sampling, chunk_seconds=chunk_seconds, longest_edge=longest_edge, source=video)
         if "://" in video:
             continue  # fetched once, when its turn comes
         with VideoReader(video, longest_edge=longest_edge) as reader:

@@ -397,7 +397,7 @@ class Video2LoraModel(Video2LoraPreTrainedModel):
         weights = [getattr(item, "weights", item) for item in adapters]
         for item in weights:
             if isinstance(item, str | PathLike):
-                raise TypeError(f"expected adapters, got a name, {item!r}: load it with VideoAdapter.")
+                raise TypeError(f"expected adapters, got a name, {item!r}: load it with VideoAdapter.from_pretrained.")
             if not isinstance(item, LoraWeights):
                 raise TypeError(f"expected adapters (VideoAdapter or LoraWeights), got {type(item).__name__}.")
         return stack_lora(weights)

@@ -142,10 +142,20 @@ class Video2LoraProcessor(ProcessorMixin):
         """Sample the frames of a video with this processor's settings where nothing else is asked for.
 
         See [`video2lora.video.load_video`]; [`VideoFrames`] pass through.
+
+        Raises:
+            VideoError: the video cannot be read or sampled so; or frames that are sampled already are to be sampled
+                in another way.
         """
-        from video2lora.video import VideoFrames, load_video
+        from video2lora.video import VideoError, VideoFrames, load_video
 
         if isinstance(video, VideoFrames):
+            asked = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
+            if given := [name for name, value in asked.items() if value is not None]:
+                raise VideoError(
+                    f"{video.source}: these frames are sampled already, so {', '.join(given)} cannot be applied: pass "
+                    "the file, or the array of frames, or ask for nothing."
+                )
             return video
         if num_frames is None and fps is None:
             num_frames = self.num_frames

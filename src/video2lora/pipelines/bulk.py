@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import re
@@ -11,35 +10,35 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..adapters import AdapterError, VideoAdapter, VideoAdapterStore
 from ..data import DatasetError
-from ..video import VideoError, VideoReader, VideoSpanError
+from ..video import VideoError, VideoReader
 from ..video.ahead import prepare_ahead
-from ..video.sampling import check_request
 from .bulk_folder import IN_INDEX, BulkFolder, Entry
+from .bulk_processes import Turns, distributed_state, share
 from .bulk_videos import BulkItem, BulkVideos
-from .video_to_lora import VideoToLoraPipeline, _join, warn_of_damage
+from .options import check_store, first_given, whole_number
+from .video_to_lora import VideoToLoraPipeline, _join, renamed, warn_of_damage
 
-__all__ = ["BulkSummary", "BulkVideos", "distributed_state", "internalize_many"]
+__all__ = ["BulkSummary", "BulkVideos", "internalize_many"]
 
 logger = logging.getLogger(__name__)
-
-_calls = itertools.count()
 
 
 @dataclass(frozen=True)
 class BulkSummary:
-    """What a bulk run did, all its processes together. Made, from the store, found and skipped are all its videos.
+    """What a bulk run did, all its processes together.
+
+    Made, from the store, found, shared and skipped are all its videos.
 
     Attributes:
         output_dir: the folder of adapters.
@@ -47,7 +46,8 @@ class BulkSummary:
         num_videos: videos, or spans of them, of this run (of this shard).
         num_made: adapters made now.
         num_from_store: adapters taken from the store.
-        num_found: adapters that were there already.
+        num_found: videos whose adapters were there already.
+        num_shared: videos of the same bytes and span as one whose adapter is new; they share it.
         num_skipped: videos that could not be read; they are in `skipped.jsonl`, with the error.
         num_bytes: of the adapters of this run, on disk.
         seconds: that it took.
@@ -60,6 +60,7 @@ class BulkSummary:
     num_made: int
     num_from_store: int
     num_found: int
+    num_shared: int
     num_skipped: int
     num_bytes: int
     seconds: float
@@ -69,6 +70,8 @@ class BulkSummary:
         text = f"{self.num_videos} videos: {self.num_made} made, {self.num_found} already there"
         if self.num_from_store:
             text += f", {self.num_from_store} from the store"
+        if self.num_shared:
+            text += f", {self.num_shared} of the same bytes as another"
         text += f", {self.num_skipped} skipped, in {self.seconds:.1f} s ({self.videos_per_second:.2f} videos/s)"
         return f"{text}.\nIndex: {self.index}"
 
@@ -109,7 +112,7 @@ def internalize_many(
     has the size and time it had (else its bytes are hashed, and count), the settings are the same, and its files are
     as they were left. Another video under an old name is internalized anew, and what was made of the old one stays on
     disk, without a line in the index. A URL is taken to hold what it held; another folder reads it again, and `store`
-    finds it by its bytes. Skipped videos are tried again.
+    finds it by its bytes. Skipped videos are tried again. Videos of the same bytes and span share one adapter.
 
     Launched with accelerate or torchrun, each process takes the next batch when it is through with one.
 
@@ -136,18 +139,22 @@ def internalize_many(
         VideoSpanError: sampling that no video could satisfy.
         OSError: an adapter cannot be written; what is done is kept.
         ValueError: a number makes no sense.
+        TypeError: `store` is none, or `videos` are none.
     """
     began = time.perf_counter()
     asked = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
     asked |= {"chunk_seconds": chunk_seconds, "max_rank": max_rank}
     recipe = _Recipe.of(pipeline, {name: value for name, value in asked.items() if value is not None})
-    batch_size = batch_size or pipeline._batch_size or 1
-    _check_numbers(recipe.sampling, batch_size, num_workers, shard, max_bad_fraction)
+    pipeline._check_room(recipe.sampling.get("max_rank"))
+    batch_size = whole_number("batch_size", first_given(batch_size, pipeline._batch_size, 1), at_least=1)
+    num_workers = whole_number("num_workers", num_workers, at_least=0)
+    check_store(store)
+    _check_parts(shard, max_bad_fraction)
     state = distributed_state(pipeline.device.type == "cpu")
     folder = BulkFolder(output_dir, recipe.facts | {"layout": layout, "file_dtype": str(dtype).removeprefix("torch.")})
     work = _Work(pipeline, recipe, BulkVideos(videos, split), folder, layout, dtype, store, batch_size)
     try:
-        plan = _share(state, lambda: work.plan(shard, overwrite))
+        plan = share(state, lambda: work.plan(shard, overwrite))
         if not state.is_main_process:
             folder.open(_journal_name(shard, state.process_index))
         counts = work.run(plan, state, num_workers, max_bad_fraction * plan.num_videos)
@@ -172,16 +179,12 @@ def internalize_many(
         num_made=counts["made"],
         num_from_store=counts["store"],
         num_found=plan.num_done + counts["found"],
+        num_shared=counts["shared"],
         num_skipped=counts["skipped"],
         num_bytes=plan.num_bytes + counts["bytes"],
         seconds=seconds,
         videos_per_second=counts["made"] / seconds,
     )
-
-
-def distributed_state(cpu: bool) -> PartialState:
-    """This process's place among those of the launch; one may wait long for another at the end of the work."""
-    return PartialState(cpu=cpu, timeout=timedelta(days=7))
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class _Recipe:
     def of_item(self, item: BulkItem) -> dict[str, Any]:
         """Sampling of an item: its own span goes first."""
         own = {"start": item.start, "end": item.end}
-        return self.sampling | {name: value for name, value in own.items() if value is not None}
+        return self.sampling | {name: float(value) for name, value in own.items() if value is not None}
 
     def key(self, sha256: str | None, item: BulkItem) -> str:
         """The key in a store."""
@@ -260,6 +263,7 @@ class _Work:
         self.layout, self.dtype, self.store, self.batch_size = layout, dtype, store, batch_size
         self.chunked = "chunk_seconds" in recipe.sampling
         self.items: list[BulkItem] = []
+        self.new: dict[str, Entry] = {}  # by key, what was not there before
 
     def plan(self, shard: tuple[int, int] | None, overwrite: bool) -> _Plan:
         """List the videos, see what is done, and cut the rest into units; by the main process alone."""
@@ -283,7 +287,7 @@ class _Work:
 
     def run(self, plan: _Plan, state: PartialState, num_workers: int, limit: float) -> Counter[str]:
         """Do this process's units; the counts of what came of them."""
-        turns = _Turns(len(plan.units), state)
+        turns = Turns(len(plan.units), state)
         taken: list[int] = []
 
         def upcoming() -> Iterator[BulkItem]:
@@ -313,7 +317,9 @@ class _Work:
             return _Prepared(item, error=item.error)
         with ExitStack() as stack:
             try:
-                signature = self.videos.signature(item)
+                signature = None
+                with suppress(FileNotFoundError):  # opening it says so in words
+                    signature = self.videos.signature(item)
                 video = self.videos.fetch(item)
                 if self.chunked and self.store is None and "://" in (item.video or ""):
                     return _Prepared(item, signature, inputs=video)  # not fetched twice
@@ -325,7 +331,7 @@ class _Work:
             if found := self.folder.find(key):
                 return _Prepared(item, signature, found=found)
             if self.store is not None and (stored := self.store.get(key)) is not None:
-                return _Prepared(item, signature, stored=stored)
+                return _Prepared(item, signature, stored=renamed(stored, reader.name))
             if self.chunked:
                 return _Prepared(item, signature, inputs=video)
             try:
@@ -351,24 +357,28 @@ class _Work:
                 entries.append(place | {"error": error})
                 counts["skipped"] += 1
                 continue
-            if ready.found is not None:
-                facts = ready.found
-            else:
-                assert adapter is not None
-                facts = self._write(warn_of_damage(adapter), item, new=ready.stored is None)
-            counts["found" if ready.found else "store" if ready.stored else "made"] += 1
+            kind, facts = self._take(ready, adapter)
+            counts[kind] += 1
             entry = {name: facts[name] for name in (*IN_INDEX, "source", "stamp")}
             entries.append(place | {"signature": ready.signature} | entry)
-            written[facts["adapter"]] = facts["bytes"]
+            if kind != "shared":
+                written[facts["adapter"]] = facts["bytes"]
         counts["bytes"] += sum(written.values())
         self.folder.append(entries)
         return sum("error" in entry for entry in entries)
 
-    def _write(self, adapter: VideoAdapter, item: BulkItem, new: bool) -> Entry:
-        key = self.recipe.key(adapter.segments[0].sha256, item)
-        if new and self.store is not None:
+    def _take(self, ready: _Prepared, adapter: VideoAdapter | None) -> tuple[str, Entry]:
+        """What came of a video, as it is counted, and what is to be said of its adapter, which is written if new."""
+        if ready.found is not None:
+            return "shared" if ready.found["key"] in self.new else "found", ready.found
+        assert adapter is not None
+        key = self.recipe.key(warn_of_damage(adapter).segments[0].sha256, ready.item)
+        if key in self.new:  # of a copy that was on its way when this one was looked for
+            return "shared", self.new[key]
+        if ready.stored is None and self.store is not None:
             self.store.put(key, adapter)
-        return self.folder.save(adapter, key, self.layout, self.dtype)
+        self.new[key] = self.folder.save(adapter, key, self.layout, self.dtype)
+        return "store" if ready.stored is not None else "made", self.new[key]
 
     def _make(self, batch: Sequence[_Prepared]) -> list[VideoAdapter | str]:
         """The adapter of each, or why there is none; a batch that fails is tried one by one."""
@@ -400,53 +410,9 @@ class _Work:
             return None  # to be told when its turn comes
 
 
-class _Turns:
-    """Numbers of units, each given to one process of the launch, the one that asks first.
-
-    One process counts by itself; several count in the key-value store that they found each other by.
-    """
-
-    def __init__(self, num_units: int, state: PartialState) -> None:
-        self._num_units, self._counts = num_units, Counter[str]()
-        self._store: Any = None
-        prefix = f"video2lora-bulk-{next(_calls)}"  # every process calls as often
-        if state.num_processes > 1:
-            from torch.distributed import PrefixStore
-            from torch.distributed.distributed_c10d import _get_default_store
-
-            self._store = PrefixStore(prefix, _get_default_store())
-
-    def __iter__(self) -> Iterator[int]:
-        while (number := self.add("taken", 1) - 1) < self._num_units:
-            yield number
-
-    def add(self, name: str, more: int) -> int:
-        """Count, in all processes together; return the sum."""
-        if self._store is not None:
-            return self._store.add(name, more)
-        self._counts[name] += more
-        return self._counts[name]
-
-
 def plan_units(items: Sequence[BulkItem], batch_size: int) -> list[list[BulkItem]]:
     """Consecutive items, `batch_size` at a time."""
     return [list(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
-
-
-def _share(state: PartialState, make: Any) -> Any:
-    """What the main process makes, in every process; its error, too, so that none waits for ever."""
-    outcome: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            outcome = [make()]
-        except Exception as error:
-            if state.num_processes == 1:
-                raise
-            outcome = [error]
-    (outcome,) = broadcast_object_list(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
 
 
 def _journal_name(shard: tuple[int, int] | None, rank: int) -> str:
@@ -472,8 +438,8 @@ def _told(error: BaseException) -> str:
 
 
 def _without_name(error: str, item: BulkItem) -> str:
-    """An error without the name of its video, which stands before it already."""
-    name = re.split(r"[/\\]", item.video or "")[-1].partition("?")[0]
+    """An error without the name of its video or row, which stands before it already."""
+    name = item.where or re.split(r"[/\\]", item.video or "")[-1].partition("?")[0]
     return error.removeprefix(f"{name}: ") if name else error
 
 
@@ -484,19 +450,7 @@ def _too_many(bad: int, total: int, max_bad_fraction: float, path: Path) -> Exce
     )
 
 
-def _check_numbers(
-    sampling: dict[str, Any], batch_size: int, num_workers: int, shard: tuple[int, int] | None, max_bad_fraction: float
-) -> None:
-    request = {name: sampling.get(name) for name in ("num_frames", "fps", "start", "end")}
-    check_request(**request, source="every video")
-    if sampling.get("chunk_seconds", 1) <= 0:
-        raise VideoSpanError(f"chunk_seconds must be positive, got {sampling['chunk_seconds']}.")
-    if "max_rank" in sampling and "chunk_seconds" not in sampling:
-        raise ValueError("max_rank is shared by the chunks of a video: pass chunk_seconds= too.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}.")
+def _check_parts(shard: tuple[int, int] | None, max_bad_fraction: float) -> None:
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"shard must be (i, n) with i from 1 to n, got {shard}.")
     if not 0 <= max_bad_fraction <= 1:

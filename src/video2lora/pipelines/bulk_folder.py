@@ -68,7 +68,6 @@ class BulkFolder:
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.path = Path(path).expanduser().absolute()
         self.settings = json.loads(json.dumps(settings))  # as they will be read again
-        self.digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.index, self._journal = self.path / INDEX, self.path / JOURNAL
         self.newest: dict[tuple[Any, ...], Entry] = {}
         self.by_key: dict[str, Entry] = {}
@@ -91,7 +90,9 @@ class BulkFolder:
             file = self.path / STATE
             if file.exists():
                 there = json.loads(file.read_text(encoding="utf-8"))
-                if there["settings"] != self.settings and not overwrite:
+                if there["settings"] == self.settings:
+                    self.settings = there["settings"]  # as older versions wrote them: 1 for 1.0
+                elif not overwrite:
                     raise DatasetError(_difference(self.path, there["settings"], self.settings))
             state = {"format": FORMAT, "settings": self.settings, "video2lora": __version__}
             data = json.dumps(state, indent=2, ensure_ascii=False).encode() + b"\n"
@@ -111,9 +112,17 @@ class BulkFolder:
         if self._own_lock is None:
             self._take_journal(name)
         path = self._journal / f"{name}.jsonl"
+        there = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        if there["settings"] == self.settings:
+            self.settings = there["settings"]  # in the very words of the process that prepared it
         cut_torn_line(path)
         self._file = path.open("ab")
         self.read()
+
+    @property
+    def digest(self) -> str:
+        """What the entries call the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def close(self) -> None:
         """Close this process's journal."""
@@ -126,8 +135,9 @@ class BulkFolder:
         """Read what all processes have done with these settings, in this run and in earlier ones."""
         self.newest.clear()
         self.by_key.clear()
+        digest = self.digest
         for entry in self._entries():
-            if entry["settings"] == self.digest:
+            if entry["settings"] == digest:
                 self._take(entry)
 
     def append(self, entries: Iterable[Entry]) -> None:
@@ -135,9 +145,10 @@ class BulkFolder:
         entries = [entry for entry in entries if not self._known(entry)]
         if not entries:
             return
+        digest = self.digest
         for entry in entries:
             known = self.newest.get(_identity(entry))
-            entry |= {"settings": self.digest, "attempt": 1 + (known["attempt"] if known else 0)}
+            entry |= {"settings": digest, "attempt": 1 + (known["attempt"] if known else 0)}
             self._take(entry)
         self._file.write(json.dumps(entries, ensure_ascii=False).encode() + b"\n")
         self._file.flush()

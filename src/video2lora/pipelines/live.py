@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters import VideoAdapter, compose_adapters
 from ..video import LiveVideo
 from ..video.ahead import one_ahead
+from .options import whole_number
 
 if TYPE_CHECKING:
     from .video_to_lora import VideoToLoraPipeline
@@ -36,8 +37,9 @@ def stream(
     ```
 
     Each chunk becomes what internalizing its span of the finished file becomes, and the adapter is their composition:
-    without a bound it grows by the hypernetwork's rank with every chunk. The next chunk is read and decoded while the
-    model works. Stop by leaving the loop. If the source fails, what came before it is internalized and then the error
+    without a bound it grows by the hypernetwork's rank with every chunk. One that shows nothing new is left out, and
+    when the next comes its time belongs to the segment before. The next chunk is read and decoded while the model
+    works. Stop by leaving the loop. If the source fails, what came before it is internalized and then the error
     raised; adapters that were given out stay as they are.
 
     Args:
@@ -60,18 +62,15 @@ def stream(
         ValueError: a bound leaves no room for a segment.
     """
     sampling: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "longest_edge": longest_edge}
-    sampling = self._with_defaults(sampling | {"chunk_seconds": chunk_seconds, "max_rank": max_rank})
+    sampling = self._with_defaults(sampling | {"chunk_seconds": chunk_seconds, "max_rank": max_rank}, "the stream")
     length, max_rank = sampling.pop("chunk_seconds", None), sampling.pop("max_rank", None)
     if length is None:
         raise ValueError("pass chunk_seconds=, the length of the chunks that a live video is cut into.")
     if sampling.keys() & {"start", "end"}:
         raise ValueError("a live video has no start and end to be cut to: it is read from where it is until it ends.")
-    if max_segments is not None and max_segments < 1:
-        raise ValueError(f"max_segments must be at least 1, got {max_segments}.")
-    if max_rank is not None and max_rank <= self.static_rank:
-        raise ValueError(
-            f"max_rank={max_rank} leaves no rank for a segment: the static part alone has {self.static_rank}."
-        )
+    if max_segments is not None:
+        max_segments = whole_number("max_segments", max_segments, at_least=1)
+    self._check_room(max_rank)
     if "num_frames" not in sampling and "fps" not in sampling:
         sampling["num_frames"] = self.processor.num_frames
     sampling.setdefault("longest_edge", self.processor.longest_edge)
@@ -92,7 +91,9 @@ def _adapters(
         prepared = stack.enter_context(closing(one_ahead(chunks)))
         stack.callback(video.stop)  # first, for closing waits for the chunk that is on its way
         for inputs in prepared:
-            adapter = grow(_with_room(adapter, room), pipeline.postprocess(pipeline.forward(inputs)), max_rank)
+            (newest,) = pipeline.postprocess(pipeline.forward(inputs))
+            before = _with_room(_until(adapter, newest.segments[0].start), room)
+            adapter = grow(before, [newest], max_rank)
             yield adapter
 
 
@@ -106,6 +107,15 @@ def grow(adapter: VideoAdapter | None, newest: list[VideoAdapter], max_rank: int
     if max_rank is not None and grown.rank > max_rank:
         grown, _ = grown.truncate(max_rank, keep_segments=True)
     return grown
+
+
+def _until(adapter: VideoAdapter | None, end: float | None) -> VideoAdapter | None:
+    """The adapter whose last segment goes on to there: what was left out between showed its picture."""
+    if adapter is None:
+        return None
+    *others, last = adapter.segments
+    provenance = replace(adapter.provenance, segments=(*others, replace(last, end=end)))
+    return replace(adapter, provenance=provenance)
 
 
 def _with_room(adapter: VideoAdapter | None, room: int | None) -> VideoAdapter | None:

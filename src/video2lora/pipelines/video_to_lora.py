@@ -8,27 +8,27 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from ..adapters import AdapterProvenance, Segment, VideoAdapter, VideoAdapterStore
 from ..modeling import LoraWeights, Video2LoraModel, Video2LoraProcessor
-from ..video import VideoFrames, VideoReader, VideoSpanError, is_frame
+from ..video import VideoFrames, VideoReader, VideoSpanError
 from ..video.ahead import one_ahead, prepare_ahead
 from ..video.frames import is_frames
+from .chunks import Chunk, cut
+from .inputs import check_sampled, checked_videos, content_of, is_one_video, name_of, one_by_one, span_of
 from .live import grow, stream
+from .options import SAMPLING, check_store, checked_sampling, first_given, whole_number
 
 logger = logging.getLogger(__name__)
-
-SAMPLING = ("num_frames", "fps", "start", "end", "longest_edge", "chunk_seconds", "max_rank")
 
 
 class VideoToLoraPipeline(Pipeline):
@@ -62,6 +62,13 @@ class VideoToLoraPipeline(Pipeline):
             )
         self._one_at_a_time = Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_one_at_a_time"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._one_at_a_time = Lock()  # one cannot be copied, nor sent to another process
+
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         unknown = set(parameters) - set(SAMPLING)
         if unknown:
@@ -87,16 +94,17 @@ class VideoToLoraPipeline(Pipeline):
 
         Args:
             videos: a path, URL, bytes, file object, frames in memory (a list of images, an array or tensor
-                `[frames, height, width, 3]`), or a row `{"video": ..., "start": ..., "end": ...}`; or a list of these;
-                or a generator or dataset of them, which gives an iterator that reads as it is read.
+                `[frames, height, width, 3]`, or [`VideoFrames`], which are taken as they are), or a row
+                `{"video": ..., "start": ..., "end": ...}`; or a list of these; or a generator or dataset of them,
+                which gives an iterator that reads as it is read.
             num_frames: frames sampled uniformly from each video or chunk; the model's setting by default.
             fps: frames a second instead of `num_frames`.
             start, end: span in seconds of the file's time; a row's own go first.
             longest_edge: pixels to which frames are shrunk.
-            chunk_seconds: cut the span into chunks of at most this length, each read by itself with `num_frames`
-                frames, and composed into one adapter of rank `(chunks + 1) * rank`. Chunks are decoded, read and let
-                go one after the other, so a long video needs no more memory than a short one, but for twice its
-                adapter's.
+            chunk_seconds: cut the span into equal chunks of at most this length, each read by itself with
+                `num_frames` frames, and composed into one adapter of rank `(chunks + 1) * rank`. One in which no frame
+                comes up is left out, its time goes to the segment before. Chunks are decoded, read and let go one
+                after the other, so a long video needs no more memory than a short one, but for twice its adapter's.
             max_rank: with `chunk_seconds`, keep the adapter to this rank, the static part's included, as it grows;
                 the chunks share it by what they have to say ([`VideoAdapter.truncate`] with `keep_segments`).
             batch_size: videos, or chunks of one, internalized together.
@@ -109,43 +117,54 @@ class VideoToLoraPipeline(Pipeline):
         Raises:
             VideoError: a video cannot be read, or not be sampled as asked. (One of which a part does not decode is
                 read as far as it does, with a warning in the log; see `Segment.num_decode_errors`.)
-            TypeError: `videos` is nothing a video comes as, nor a list, generator or dataset.
+            ValueError: another number makes no sense.
+            TypeError: `videos` is nothing a video comes as, nor a list, generator or dataset; or `store` is none.
         """
         options = {"num_frames": num_frames, "fps": fps, "start": start, "end": end, "longest_edge": longest_edge}
         options |= {"chunk_seconds": chunk_seconds, "max_rank": max_rank}
-        preprocess = self._with_defaults(options)
-        if "max_rank" in preprocess and "chunk_seconds" not in preprocess:
-            raise ValueError("max_rank is shared by the chunks of a video: pass chunk_seconds= too.")
-        batch_size = batch_size or self._batch_size or 1
-        num_workers = num_workers or self._num_workers or 0
-        one = _is_one_video(videos)
+        one = is_one_video(videos)
         if not one and not isinstance(videos, (Iterable, Dataset)):
             raise TypeError(
                 "expected a video (path, URL, bytes, file object, frames in memory), or a list, generator or dataset "
                 f"of videos; got {type(videos).__name__}."
             )
-        if store is not None:
-            stored = self._through_store([videos] if one else videos, store, num_workers, batch_size, preprocess)
-            stored = map(warn_of_damage, stored)
-            if one:
-                return next(stored)
-            return list(_with_bar(stored, videos)) if isinstance(videos, (list, tuple)) else stored
+        preprocess = self._with_defaults(options, name_of(videos) if one else "every video")
+        self._check_room(preprocess.get("max_rank"))
+        batch_size = whole_number("batch_size", first_given(batch_size, self._batch_size, 1), at_least=1)
+        num_workers = whole_number("num_workers", first_given(num_workers, self._num_workers, 0), at_least=0)
+        check_store(store)
+        asked = [name for name, value in options.items() if value is not None]
         if one:
-            if "chunk_seconds" in preprocess:
-                return warn_of_damage(self._internalize_chunks(videos, batch_size, **preprocess))
-            return warn_of_damage(self.run_single(videos, preprocess, {}, {})[0])
-        adapters = map(warn_of_damage, self.get_iterator(videos, num_workers, batch_size, preprocess, {}, {}))
+            check_sampled(videos, asked)
+            return warn_of_damage(self._one(videos, store, batch_size, preprocess))
+        each: Any = checked_videos(videos, asked)
+        if isinstance(videos, (list, tuple)):
+            each = list(each)
+        if store is not None:
+            adapters = self._through_store(each, store, num_workers, batch_size, preprocess)
+        else:
+            adapters = self.get_iterator(each, num_workers, batch_size, preprocess, {}, {})
+        adapters = map(warn_of_damage, adapters)
         return list(_with_bar(adapters, videos)) if isinstance(videos, (list, tuple)) else adapters
 
     stream = stream
+
+    def _one(
+        self, video: Any, store: VideoAdapterStore | None, batch_size: int, preprocess: dict[str, Any]
+    ) -> VideoAdapter:
+        if store is not None:
+            return next(self._through_store([video], store, 0, batch_size, preprocess))
+        if "chunk_seconds" in preprocess:
+            return self._internalize_chunks(video, batch_size, **preprocess)
+        return self.run_single(video, preprocess, {}, {})[0]
 
     def _through_store(
         self, videos: Any, store: VideoAdapterStore, num_workers: int, batch_size: int, preprocess: dict[str, Any]
     ) -> Iterator[VideoAdapter]:
         """Adapters of many videos, lazily: those in the store, and the others made and put there."""
-        remaining = _one_by_one(videos)
+        remaining = one_by_one(videos)
         while window := list(islice(remaining, max(batch_size, num_workers, 1))):
-            keys = [self.store_key(video, **preprocess) for video in window]
+            keys = [self._key_of(video, preprocess) for video in window]
             found = {key: store.get(key) for key in keys}
             missing = {key: video for key, video in zip(keys, window, strict=True) if found[key] is None}
             made = self.get_iterator(list(missing.values()), num_workers, batch_size, preprocess, {}, {})
@@ -153,8 +172,8 @@ class VideoToLoraPipeline(Pipeline):
                 if self._is_of(missing[key], adapter, key, preprocess):
                     store.put(key, adapter)
                 found[key] = adapter
-            for key in keys:
-                yield cast(VideoAdapter, found[key])
+            for key, video in zip(keys, window, strict=True):  # equal bytes may go by other names
+                yield renamed(cast(VideoAdapter, found[key]), name_of(video))
 
     def store_key(self, video: Any, **sampling: Any) -> str:
         """The key of a video's adapter in a [`VideoAdapterStore`]: everything that decides the adapter.
@@ -167,19 +186,29 @@ class VideoToLoraPipeline(Pipeline):
                 `max_rank`.
 
         Raises:
-            VideoError: the video cannot be read.
+            VideoError: the video cannot be read, or not be sampled so.
         """
-        sampling = self._with_defaults(sampling)
-        video, sampling = _span_of(video, sampling)
-        return self._key(_content_of(video), sampling)
+        check_sampled(video, [name for name, value in sampling.items() if value is not None])
+        return self._key_of(video, self._with_defaults(sampling, name_of(video)))
 
-    def _with_defaults(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _key_of(self, video: Any, sampling: dict[str, Any]) -> str:
+        video, sampling = span_of(video, sampling)
+        return self._key(content_of(video), sampling)
+
+    def _with_defaults(self, asked: Mapping[str, Any], source: str = "every video") -> dict[str, Any]:
         """Options of a call: those asked for, and the pipeline's own; `num_frames` and `fps` replace each other."""
         given = {name: value for name, value in asked.items() if value is not None}
         own = {name: value for name, value in self._preprocess_params.items() if value is not None}
         if given.keys() & {"num_frames", "fps"}:
             own = {name: value for name, value in own.items() if name not in ("num_frames", "fps")}
-        return own | given
+        return checked_sampling(own | given, source)
+
+    def _check_room(self, max_rank: int | None) -> None:
+        """Raise `VideoSpanError` for a bound that leaves no rank for what a video says."""
+        if max_rank is not None and max_rank <= self.static_rank:
+            raise VideoSpanError(
+                f"max_rank={max_rank} leaves no rank for a segment: the static part alone has {self.static_rank}."
+            )
 
     def recipe(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides an adapter but the video, as JSON values.
@@ -214,7 +243,7 @@ class VideoToLoraPipeline(Pipeline):
 
     def _is_of(self, video: Any, adapter: VideoAdapter, key: str, asked: Mapping[str, Any]) -> bool:
         """Whether an adapter is of the bytes that its key was made of: a file may be written to in between."""
-        video, sampling = _span_of(video, dict(asked))
+        video, sampling = span_of(video, dict(asked))
         if isinstance(video, VideoFrames) or is_frames(video):
             return True
         if self._key({"sha256": adapter.segments[0].sha256}, sampling) == key:
@@ -232,7 +261,7 @@ class VideoToLoraPipeline(Pipeline):
         postprocess_params: dict[str, Any],
     ) -> Iterator[VideoAdapter]:
         """Adapters of many videos, lazily; the parent's loader cannot batch what is not a dict of tensors."""
-        videos = _one_by_one(inputs)
+        videos = one_by_one(inputs)
         if "chunk_seconds" in preprocess_params:
             yield from (self._internalize_chunks(video, batch_size, **preprocess_params) for video in videos)
             return
@@ -252,10 +281,10 @@ class VideoToLoraPipeline(Pipeline):
 
         `guard` sees what becomes of the file, and so its errors, apart from the model's.
         """
-        video, sampling = _span_of(video, sampling)
+        video, sampling = span_of(video, sampling)
         most = None if max_rank is None else max_rank - self.static_rank
-        chunks = (self._prepare(frames) for frames in self._segments(video, max_chunks=most, **sampling))
-        prepared = one_ahead(guard(chunks))
+        chunks = self._segments(video, max_chunks=most, **sampling)
+        prepared = one_ahead(guard(_until(self._prepare(frames), until) for frames, until in chunks))
         parts, segments = [], []
         adapter: VideoAdapter | None = None
         while batch := list(islice(prepared, batch_size)):
@@ -276,8 +305,9 @@ class VideoToLoraPipeline(Pipeline):
 
     def preprocess(self, video: Any, **sampling: Any) -> dict[str, list[Any]]:  # type: ignore[override]
         """Decode a video and prepare it for the model."""
-        video, sampling = _span_of(video, sampling)
-        return self._prepare(next(self._segments(video, **sampling)))
+        video, sampling = span_of(video, sampling)
+        frames, _ = next(self._segments(video, **sampling))
+        return self._prepare(frames)
 
     def _prepare(self, frames: VideoFrames) -> dict[str, list[Any]]:
         with self._one_at_a_time:  # tokenizers may not be entered twice at once
@@ -291,22 +321,23 @@ class VideoToLoraPipeline(Pipeline):
         longest_edge: int | None = None,
         max_chunks: int | None = None,
         **sampling: Any,
-    ) -> Iterator[VideoFrames]:
-        """The frames of a video, or of each of its chunks one after the other, from one opened file."""
+    ) -> Iterator[tuple[VideoFrames, float | None]]:
+        """The frames of a video, or of each of its chunks one after the other, from one opened file; and until when,
+        in seconds, nothing else comes (`Chunk.until`)."""
         if isinstance(video, VideoFrames):
-            yield video
+            yield video, None
             return
         if "num_frames" not in sampling and "fps" not in sampling:
             sampling["num_frames"] = self.processor.num_frames
         with VideoReader(video, longest_edge=longest_edge or self.processor.longest_edge) as reader:
-            spans = [sampling] if chunk_seconds is None else _chunks(reader.duration, chunk_seconds, sampling)
-            if max_chunks is not None and len(spans) > max_chunks:
+            chunks = [Chunk(sampling)] if chunk_seconds is None else cut(reader, chunk_seconds, sampling)
+            if max_chunks is not None and len(chunks) > max_chunks:
                 raise VideoSpanError(
-                    f"{reader.name}: {len(spans)} chunks, but max_rank={max_chunks + self.static_rank} has room for "
+                    f"{reader.name}: {len(chunks)} chunks, but max_rank={max_chunks + self.static_rank} has room for "
                     f"{max(max_chunks, 0)} beside the static part's {self.static_rank}. Raise one or the other."
                 )
-            for span in spans:
-                yield reader.sample(**span)
+            for chunk in chunks:
+                yield reader.sample(**chunk.sampling), chunk.until
 
     def _describe(self, frames: VideoFrames, input_ids: torch.Tensor) -> Segment:
         return Segment(
@@ -380,33 +411,10 @@ def warn_of_damage(adapter: VideoAdapter) -> VideoAdapter:
     return adapter
 
 
-def _is_one_video(videos: Any) -> bool:
-    """Whether `videos` is one video rather than a list, dataset or generator of them."""
-    if isinstance(videos, (str, Path, bytes, bytearray, Mapping, VideoFrames, np.ndarray, torch.Tensor)):
-        return True
-    if isinstance(videos, (list, tuple)):
-        return bool(videos) and is_frame(videos[0])
-    return hasattr(videos, "read")
-
-
-def _one_by_one(videos: Any) -> Iterator[Any]:
-    """Each of `videos`; a torch dataset may be such that it can only be indexed."""
-    if isinstance(videos, Dataset) and not isinstance(videos, IterableDataset):
-        return (videos[i] for i in range(len(videos)))  # type: ignore[arg-type]
-    return iter(videos)
-
-
-def _content_of(video: Any) -> dict[str, Any]:
-    """What tells a video from others, but where it lies."""
-    if isinstance(video, VideoFrames):
-        digest = hashlib.sha256(np.ascontiguousarray(video.frames).data).hexdigest()
-        content = {"frames": digest, "shape": video.frames.shape, "timestamps": video.timestamps}
-        return content | {"start": video.start, "end": video.end, "duration": video.duration}
-    with VideoReader(video) as reader:
-        content = {"sha256": reader.sha256}
-        if is_frames(video):  # the same bytes are other pictures at another width
-            content["shape"] = [len(reader.times), *reader.info.size]
-        return content
+def renamed(adapter: VideoAdapter, source: str) -> VideoAdapter:
+    """The same adapter, of one video, under the name that this goes by now."""
+    segments = tuple(replace(segment, source=source) for segment in adapter.segments)
+    return replace(adapter, provenance=replace(adapter.provenance, segments=segments))
 
 
 # What a base's processor may do to pictures; not all of its settings, whose names differ between versions.
@@ -426,13 +434,6 @@ def _hash_of_processor(vlm_processor: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _span_of(video: Any, sampling: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The video of a row, and the sampling options with the row's own span first."""
-    if not isinstance(video, Mapping) or "video" not in video:
-        return video, sampling
-    return video["video"], sampling | {k: video[k] for k in ("start", "end") if video.get(k) is not None}
-
-
 def _with_bar(adapters: Iterator[VideoAdapter], videos: Sequence[Any]) -> Iterable[VideoAdapter]:
     """A progress bar where there is something to wait for and somebody to see it."""
     show = len(videos) > 1 and sys.stderr.isatty()
@@ -444,17 +445,8 @@ def _join(items: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     return {name: [part for item in items for part in item[name]] for name in items[0]}
 
 
-def _chunks(duration: float | None, chunk_seconds: float, sampling: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sampling options of each chunk of a span: equal parts of at most `chunk_seconds`."""
-    if chunk_seconds <= 0:
-        raise VideoSpanError(f"chunk_seconds must be positive, got {chunk_seconds}.")
-    start, end = sampling.get("start") or 0.0, sampling.get("end")
-    if duration is not None:
-        end = duration if end is None else min(end, duration)
-    if end is None:
-        raise VideoSpanError("the video does not say how long it is: pass `end=` to cut it into chunks.")
-    if end <= start:
-        return [sampling]  # the reader says what is wrong with it
-    count = int(np.ceil(round((end - start) / chunk_seconds, 6)))
-    edges = np.linspace(start, end, count + 1).tolist()
-    return [{**sampling, "start": a, "end": b} for a, b in zip(edges, edges[1:], strict=False)]
+def _until(item: dict[str, list[Any]], until: float | None) -> dict[str, list[Any]]:
+    """A prepared chunk whose segment goes on until nothing else comes."""
+    if until is None:
+        return item
+    return item | {"segments": [replace(segment, end=until) for segment in item["segments"]]}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 from .arriving import KINDS, Arriving, ArrivingFrames, ArrivingPackets
 from .errors import UnreadableVideoError, VideoError, VideoSpanError
 from .frames import VideoFrames
-from .sampling import SNAP, check_request, select_frames
+from .sampling import SNAP, check_request, frame_at, is_number, select_frames
+from .sources import source_name
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +23,7 @@ class LiveVideo:
 
     The chunks are `[first, first + chunk_seconds)`, `[first + chunk_seconds, ...)` and so on, with `first` the time of
     the first frame, and a shorter one at the end; each gives what `VideoReader.sample(start=, end=)` of the finished
-    file gives. Those in which the picture stands still (no frame comes up) are left out.
+    file gives. Those in which no frame comes up are left out, if the picture that stands still was sampled before.
 
     Packets of one chunk are kept compressed until it is complete, then only the frames asked for (and those that they
     refer to) are decoded, so the memory needed is that of one chunk's bytes and sampled frames. Frames that come
@@ -38,6 +41,9 @@ class LiveVideo:
         timeout: seconds without anything new after which a file or pipe counts as ended; None: never (a pipe still
             ends where its writer closes it). An iterable ends by itself.
 
+    Raises:
+        VideoSpanError: sampling, a length or a rate that no video could have.
+
     Raises (while iterated):
         UnreadableVideoError: it cannot be opened, has no video stream, or nothing in it decodes; or its times go back.
         VideoError: a frame or a time is none.
@@ -54,20 +60,20 @@ class LiveVideo:
         frame_rate: float | None = None,
         timeout: float | None = 10.0,
     ):
-        check_request(num_frames=num_frames, fps=fps)
-        for name, value in (("chunk_seconds", chunk_seconds), ("frame_rate", frame_rate)):
-            if value is not None and not value > 0:
-                raise VideoSpanError(f"{name} must be positive, got {value}.")
-        if timeout is not None and not timeout >= 0:
-            raise VideoSpanError(f"timeout must be seconds, 0 or more, or None, got {timeout}.")
-        self._length = float(chunk_seconds)
+        asked: dict[str, Any] = {"num_frames": num_frames, "fps": fps, "longest_edge": longest_edge}
+        check_request(**asked, chunk_seconds=chunk_seconds, source=source_name(video))
+        if frame_rate is not None and not (is_number(frame_rate) and frame_rate > 0):
+            raise VideoSpanError(f"frame_rate={frame_rate!r}, but it must be a number above 0 (frames per second).")
+        if timeout is not None and not (isinstance(timeout, Real) and timeout >= 0):
+            raise VideoSpanError(f"timeout={timeout!r}, but it must be a number of seconds, 0 or more, or None.")
+        self._length, self._read = float(chunk_seconds), -math.inf  # the last frame that was sampled
         self._sampling: dict[str, Any] = {"num_frames": num_frames, "fps": fps}
         self._source: Arriving
         if isinstance(video, (str, os.PathLike)) or hasattr(video, "read"):
             if frame_rate is not None:
                 raise VideoError("a video file has its own times; give frame_rate only with frames.")
             self._source = ArrivingPackets(video, timeout, longest_edge)
-        elif isinstance(video, Iterable) and not isinstance(video, (bytes, bytearray, Mapping)):
+        elif isinstance(video, Iterable) and not isinstance(video, (bytes, bytearray, memoryview, Mapping)):
             self._source = ArrivingFrames(video, frame_rate, longest_edge)
         else:
             raise VideoError(
@@ -90,12 +96,12 @@ class LiveVideo:
                     break
                 first, end = self._edge(number), self._edge(number + 1)
                 whole = not ended or times[-1] >= end - SNAP
-                if ((times >= first - SNAP) & (times < end - SNAP)).any():
+                if ((times >= first - SNAP) & (times < end - SNAP)).any() or self._is_unread(first, whole):
                     chunk = self._sample(number, whole)
                     if chunk is not None:
                         decoded = True
                         yield chunk
-                if not whole:
+                if not whole and not self._is_unread(end, whole):
                     break
                 source.forget_before(end)
                 number = self._next(number)
@@ -111,9 +117,18 @@ class LiveVideo:
         """Where chunk `number` begins."""
         return (self._source.first or 0.0) + number * self._length
 
+    def _is_unread(self, time: float, whole: bool) -> bool:
+        """Whether a picture is on display at `time` that no chunk has sampled; unless `whole`, it is the last one."""
+        times = self._source.times
+        if not whole and (self._source.end_of_display() or float(times[-1])) <= time + SNAP:
+            return False
+        return bool(times[max(frame_at(times, time), 0)] > self._read)
+
     def _next(self, number: int) -> int:
-        """The next chunk, past those in which the picture stands still."""
+        """The next chunk, past those that show what was sampled already."""
         end = self._edge(number + 1)
+        if self._is_unread(end, whole=True):
+            return number + 1
         later = self._source.times[self._source.times >= end - SNAP]
         if len(later) and later[0] >= self._edge(number + 2) - SNAP:
             # a frame that others refer to comes before those that are shown before it
@@ -133,6 +148,7 @@ class LiveVideo:
             source=source.name,
             **self._sampling,
         )
+        self._read = float(source.times[indices[-1]])
         taken = source.take(indices)
         if taken is None:
             logger.warning("%s: nothing of %.3f..%.3f s decodes; it is left out.", source.name, start, end)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -41,8 +40,7 @@ class VideoReader:
     """
 
     def __init__(self, video: Any, *, longest_edge: int | None = None, timestamps: Sequence[float] | None = None):
-        if longest_edge is not None and not (isinstance(longest_edge, Integral) and longest_edge >= 1):
-            raise VideoError(f"longest_edge={longest_edge!r}, but it must be an integer of at least 1 pixel, or None.")
+        check_request(longest_edge=longest_edge, source=source_name(video))
         self._closed = False
         self._source: VideoSource | None = None
         self._sha256: str | None = None

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -71,27 +72,33 @@ def check_request(
     fps: float | None = None,
     start: float | None = None,
     end: float | None = None,
+    chunk_seconds: float | None = None,
+    longest_edge: int | None = None,
     source: str = "video",
 ) -> None:
     """Refuse a request no video can meet, before anything is opened.
 
     Raises:
-        VideoSpanError: both `num_frames` and `fps`, fewer than one frame, a rate that is not above 0, a time that is
-            negative or not finite, or `start` not before `end`.
+        VideoSpanError: both `num_frames` and `fps`, fewer than one frame or pixel, a rate or length of chunks that is
+            not above 0, a time that is negative, anything that is not finite, or `start` not before `end`.
     """
     if num_frames is not None and fps is not None:
         raise VideoSpanError(f"{source}: both num_frames={num_frames} and fps={fps} were given; give one of them.")
-    if num_frames is not None:
-        try:
-            count = operator.index(num_frames)
-        except TypeError:
-            count = 0
-        if count < 1:
-            raise VideoSpanError(f"{source}: num_frames={num_frames!r}, but it must be an integer of at least 1.")
-    if fps is not None and not (_is_number(fps) and fps > 0):
+    if num_frames is not None and not _is_count(num_frames):
+        raise VideoSpanError(f"{source}: num_frames={num_frames!r}, but it must be an integer of at least 1.")
+    if longest_edge is not None and not _is_count(longest_edge):
+        raise VideoSpanError(
+            f"{source}: longest_edge={longest_edge!r}, but it must be an integer of at least 1 (pixel)."
+        )
+    if fps is not None and not (is_number(fps) and fps > 0):
         raise VideoSpanError(f"{source}: fps={fps!r}, but it must be a number above 0 (frames per second).")
+    if chunk_seconds is not None and not (is_number(chunk_seconds) and chunk_seconds > 0):
+        raise VideoSpanError(
+            f"{source}: chunk_seconds={chunk_seconds!r}, but it must be a finite number of seconds above 0. One "
+            "longer than the video makes a single chunk."
+        )
     for name, value in (("start", start), ("end", end)):
-        if value is not None and not (_is_number(value) and value >= 0):
+        if value is not None and not (is_number(value) and value >= 0):
             raise VideoSpanError(f"{source}: {name}={value!r}, but it must be a number of seconds, 0 or more.")
     if end is not None and end <= (start or 0.0):
         raise VideoSpanError(f"{source}: end={end} s is not after start={start or 0.0} s; give start < end.")
@@ -107,8 +114,16 @@ def end_of_display(times: Sequence[float] | np.ndarray) -> float | None:
     return float(times[-1] + np.median(np.diff(times))) if len(times) > 1 else None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a real number, and finite."""
     return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False
 
 
 def _span(

@@ -149,7 +149,7 @@ class VideoSource:
                 location = urllib.request.url2pathname(urllib.parse.urlsplit(location).path)
             self._path = location
             if not os.path.exists(location):
-                raise UnreadableVideoError(f"{self.name}: no such file: {location}. Check the path.")
+                raise UnreadableVideoError(f"{self.name}: no such file: {location or repr('')}. Check the path.")
             if os.path.isdir(location):
                 raise UnreadableVideoError(f"{self.name}: {location} is a directory; give one video file.")
             return
