@@ -203,8 +203,10 @@ class Refusing(Video2LoraProcessor):
         raise self.error("odd")  # made here: an exception that lives on keeps the frames it went through, and decoders
 
 
-@pytest.mark.parametrize(("error", "kind"), [(IndexError, RuntimeError), (ValueError, ValueError)])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "kind", "workers"),
+    [(IndexError, RuntimeError, 0), (ValueError, ValueError, 0), (IndexError, RuntimeError, 1)],
+)
 def test_what_is_no_video_error_names_the_row(error, kind, workers, processor, rows):
     refusing = Refusing(processor.vlm_processor, num_frames=2)
     refusing.error = error
