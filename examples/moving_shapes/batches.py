@@ -35,6 +35,7 @@ LONG = ("caption", "summary")
 SHORT = tuple(task for task in TASKS if task not in LONG)
 ASKED = (*SHORT, "how_often", "how_often", "order")  # what is learnt last is asked more often
 TURNS_WIDTH = 240
+VALIDATION_CLIPS = 64  # of a batch
 TURN = "<end_of_utterance>\nAssistant:"
 
 
@@ -146,7 +147,7 @@ class ShapesBatches(Dataset):
 
     def validation_batch(self, number: int) -> tuple[dict[str, Any], list[str]]:
         """Clips with one question of each task, and the task of each answer in the order of the labels."""
-        form, clips = Form(), 64
+        form, clips = Form(), VALIDATION_CLIPS
         prefix = self.prefixes(form)
         scenes = [make_scene(number * clips + i, self.split, seed=self.seed) for i in range(clips)]
         queries = [make_queries(scene, phrasings=("train", "held_out")) for scene in scenes]
